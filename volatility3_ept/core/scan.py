@@ -1,0 +1,75 @@
+"""One pass over the host's pages: every page predicate at once, then a full account of the few that remain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from volatility3_ept.core import vmcb, vmcs
+from volatility3_ept.core.control import ControlStructure, Verdict
+from volatility3_ept.core.memory import HostMemory
+from volatility3_ept.spec import bits
+
+#: Called now and then with a percentage and what is being done.
+Progress = Callable[[float, str], None]
+
+#: More candidates than this are not examined one by one: a hostile guest can write as many as it has pages.
+MAX_CANDIDATES = 20_000
+
+
+@dataclass(frozen=True)
+class ScanResult:
+    """Control structures found in one memory, ascending by address, and what the pass covered."""
+
+    structures: tuple[ControlStructure, ...]
+    near_misses: tuple[ControlStructure, ...]
+    pages: int
+    notes: tuple[str, ...] = ()
+
+
+def silent(percentage: float, what: str) -> None:
+    """Report no progress."""
+
+
+def control_structures(
+    memory: HostMemory, physical_bits: int = bits.MAX_PHYSICAL_BITS, progress: Progress = silent
+) -> ScanResult:
+    """Return every page that is, or may be, a VMCS or VMCB; ``physical_bits`` is MAXPHYADDR."""
+    pages = 0
+    total = max(memory.size // bits.PAGE_SIZE, 1)
+    found: list[tuple[int, object]] = []
+    kinds = ((vmcs.candidates, vmcs.examine), (vmcb.candidates, vmcb.examine))
+    for address, rows in memory.blocks():
+        for candidates, examine in kinds:
+            hits = np.flatnonzero(candidates(rows))
+            found += [(address + bits.PAGE_SIZE * row, examine) for row in hits.tolist()]
+        pages += len(rows)
+        progress(100 * pages / total, "Looking for VMCS and VMCB pages")
+    notes: tuple[str, ...] = ()
+    if len(found) > MAX_CANDIDATES:
+        notes = (f"{len(found)} pages look like control structures; the first {MAX_CANDIDATES} were examined",)
+        found = found[:MAX_CANDIDATES]
+    examined = list(_examined(memory, found, physical_bits))
+    return ScanResult(
+        tuple(s for s in examined if s.verdict is not Verdict.REJECTED),
+        tuple(s for s in examined if s.verdict is Verdict.REJECTED),
+        pages,
+        notes,
+    )
+
+
+def _examined(
+    memory: HostMemory, found: Iterable[tuple[int, object]], physical_bits: int
+) -> Iterable[ControlStructure]:
+    """Yield the best account of each candidate page; a page that two finders claim goes to the better one."""
+    best: dict[int, ControlStructure] = {}
+    for address, examine in found:
+        page = memory.read(address, bits.PAGE_SIZE)
+        if page is None:
+            continue
+        account = examine(page, address, physical_bits, memory.top, memory.__contains__)  # type: ignore[operator]
+        if account is not None and (address not in best or account.score > best[address].score):
+            best[address] = account
+    return (best[address] for address in sorted(best))
