@@ -8,14 +8,15 @@ through the outer hypervisor's own tables (VMCS02, shadow NPT).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from volatility3_ept.core import candidate as candidates
-from volatility3_ept.core import gpamap, identify, scan
+from volatility3_ept.core import identify, kinship, scan
 from volatility3_ept.core.candidate import Candidate
 from volatility3_ept.core.control import ControlStructure, Criterion
 from volatility3_ept.core.gpamap import GuestMap
+from volatility3_ept.core.index import Index
 from volatility3_ept.core.memory import HostMemory
 from volatility3_ept.core.root import Root
 from volatility3_ept.core.scan import Progress
@@ -24,8 +25,6 @@ from volatility3_ept.spec.ia32e import Ia32Format
 
 #: A tree deeper than this is an attack on the analyst: no hypervisor nests so far.
 MAX_DEPTH = 6
-#: Two maps agree when this share of the smaller one's bytes lies at the same address in the same frame.
-_SAME = 0.9
 
 
 @dataclass(frozen=True)
@@ -89,6 +88,7 @@ class Discovery:
     rejected: tuple[Candidate, ...] = ()
     notes: tuple[str, ...] = ()
     pages: int = 0
+    index: Index = field(default_factory=Index)
 
     def all(self) -> list[Machine]:
         """Return every machine of the tree, parents before children."""
@@ -104,22 +104,33 @@ class _Search:
     """What the recursion shares."""
 
     physical_bits: int
+    systems: dict[str, str]
     rejected: list[Candidate] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
 def discover(
-    memory: HostMemory, physical_bits: int = bits.MAX_PHYSICAL_BITS, progress: Progress = scan.silent
+    memory: HostMemory,
+    physical_bits: int = bits.MAX_PHYSICAL_BITS,
+    progress: Progress = scan.silent,
+    known: Index | None = None,
 ) -> Discovery:
-    """Find every machine whose control structure is in ``memory``, nested ones too."""
-    result = scan.control_structures(memory, physical_bits, progress)
-    search = _Search(physical_bits, notes=list(result.notes))
+    """Find every machine whose control structure is in ``memory``, nested ones too.
+
+    ``known`` is the index of an earlier search of the same memory: its pages are judged again, no others.
+    """
+    if known is None:
+        result = scan.control_structures(memory, physical_bits, progress)
+    else:
+        result = scan.again(memory, known.structures, known.pages, known.notes, physical_bits)
+    search = _Search(physical_bits, dict(known.systems) if known else {}, notes=list(result.notes))
     structures = [s for s in result.structures if s.has_root]
     progress(100, "Walking the page tables of the machines found")
     machines = _level(memory, structures, "", search)
     without = tuple(s for s in result.structures if not s.has_root)
+    index = Index(result.examined, result.pages, search.systems, result.notes)
     return Discovery(
-        tuple(machines), result.near_misses + without, tuple(search.rejected), tuple(search.notes), result.pages
+        tuple(machines), result.near_misses + without, tuple(search.rejected), tuple(search.notes), result.pages, index
     )
 
 
@@ -128,20 +139,20 @@ def _level(below: HostMemory, structures: Sequence[ControlStructure], parent: st
     judged = _judged(below, structures, search)
     accepted = [c for c in judged if c.accepted]
     search.rejected += [c for c in judged if not c.accepted]
-    owners = _owners(structures, accepted)
+    owners = kinship.owners(structures, accepted)
     tops = [_without_owned(c, below, owners) for c in accepted if any(not owners[s.hpa] for s in c.structures)]
     if accepted and not tops:
         search.notes.append("machines that hold each other's control structures: shown side by side")
         tops, owners = accepted, {s.hpa: [] for s in structures}
     tops.sort(key=lambda c: c.root.address)
-    mains, views, shadows = _families(tops)
+    mains, views, shadows = kinship.families(tops)
     machines = []
     for number, main in enumerate(mains):
         machine_id = f"{parent}.{number}" if parent else str(number)
         inside = [s for s in structures if main.root in owners[s.hpa]]
         children = _children(main, inside, machine_id, search) if machine_id.count(".") < MAX_DEPTH else []
         for shadow in shadows.get(id(main), []):
-            _add_shadow(children, shadow, machine_id, parent)
+            _add_shadow(children, shadow, machine_id, parent, search)
         how = ", ".join(sorted({s.kind for s in main.structures}))
         machines.append(
             _machine(
@@ -149,6 +160,7 @@ def _level(below: HostMemory, structures: Sequence[ControlStructure], parent: st
                 machine_id,
                 how,
                 parent,
+                search,
                 tuple(View(v.root, parent) for v in views.get(id(main), [])),
                 tuple(children),
             )
@@ -175,73 +187,6 @@ def _without_owned(found: Candidate, below: HostMemory, owners: dict[int, list[R
     return found if len(free) == len(found.structures) else candidates.judge(below, found.root, free)
 
 
-def _owners(structures: Iterable[ControlStructure], accepted: list[Candidate]) -> dict[int, list[Root]]:
-    """Return for each structure (by address) the roots of the candidates whose frames hold its page.
-
-    A structure in the frames of its own root belongs to a hypervisor in that guest, which happens to use the same
-    number for a root of its own; unless all of the root's structures lie there: then the hypervisor hides nothing.
-
-    A forged root can map all of the host, control structures included. It then also maps its own tables, which no
-    hypervisor hands to a guest: in a mutual claim the one that maps itself loses.
-    """
-    own = {s.hpa: c for c in accepted for s in c.structures}
-    frames = {id(c): c.guest_map.frame_ranges() for c in accepted}
-
-    def holds(owner: Candidate, address: int) -> bool:
-        starts, ends = frames[id(owner)]
-        index = int(starts.searchsorted(address, side="right")) - 1
-        return index >= 0 and address < int(ends[index])
-
-    def claims(owner: Candidate, structure: ControlStructure) -> bool:
-        mine = own.get(structure.hpa)
-        if not holds(owner, structure.hpa):
-            return False
-        if owner is mine:
-            return not all(holds(owner, s.hpa) for s in owner.structures)
-        mutual = mine is not None and all(holds(mine, s.hpa) for s in owner.structures)
-        return not (mutual and mine is not None and holds(owner, owner.root.address)
-                    and not holds(mine, mine.root.address))  # fmt: skip
-
-    return {s.hpa: [c.root for c in accepted if claims(c, s)] for s in structures}
-
-
-def _families(
-    tops: list[Candidate],
-) -> tuple[list[Candidate], dict[int, list[Candidate]], dict[int, list[Candidate]]]:
-    """Sort candidates into machines, further views of one machine, and outer tables of a guest's guest.
-
-    The larger map comes first: a second view or a nested guest's tables map no more than the machine itself.
-    """
-    mains: list[Candidate] = []
-    views: dict[int, list[Candidate]] = {}
-    shadows: dict[int, list[Candidate]] = {}
-    for top in sorted(tops, key=lambda c: (-c.guest_map.mapped_bytes, c.root.address)):
-        for main in mains:
-            if _agreement(main.guest_map, top.guest_map) >= _SAME:
-                views.setdefault(id(main), []).append(top)
-                break
-            if _overlap(main.guest_map, top.guest_map) >= _SAME:
-                shadows.setdefault(id(main), []).append(top)
-                break
-        else:
-            mains.append(top)
-    return sorted(mains, key=lambda c: c.root.address), views, shadows
-
-
-def _agreement(main: GuestMap, other: GuestMap) -> float:
-    """Return the share of ``other``'s bytes that ``main`` maps at the same address to the same frame."""
-    # Runs may be cut differently in the two maps: compare page by page through their starts and ends.
-    first = main.to_hpa(other.gpas) == other.hpas
-    last = main.to_hpa(other.gpas + other.lengths - 1) == other.hpas + other.lengths - 1
-    return float(other.lengths[first & last].sum()) / max(other.mapped_bytes, 1)
-
-
-def _overlap(main: GuestMap, other: GuestMap) -> float:
-    """Return the share of ``other``'s frames that are frames of ``main`` too."""
-    frames = other.frame_ranges()
-    return gpamap.overlap_bytes(frames, main.frame_ranges()) / max(int((frames[1] - frames[0]).sum()), 1)
-
-
 def _children(main: Candidate, inside: list[ControlStructure], parent: str, search: _Search) -> list[Machine]:
     """Return the machines of a hypervisor that runs in ``main``: the same search in its guest-physical memory."""
     own = {s.hpa for s in main.structures}
@@ -254,7 +199,7 @@ def _children(main: Candidate, inside: list[ControlStructure], parent: str, sear
     return _level(main.memory, moved, parent, search) if moved else []
 
 
-def _add_shadow(children: list[Machine], shadow: Candidate, machine_id: str, parent: str) -> None:
+def _add_shadow(children: list[Machine], shadow: Candidate, machine_id: str, parent: str, search: _Search) -> None:
     """Add the outer hypervisor's tables of a nested guest: as a view of the child they map, or as a child of its own.
 
     The child's own tables (VMCS12, VMCB12) and the outer ones must lead to the same bytes. The fuller of the two
@@ -262,23 +207,17 @@ def _add_shadow(children: list[Machine], shadow: Candidate, machine_id: str, par
     the outer hypervisor has taken away.
     """
     for number, child in enumerate(children):
-        if child.tables_in != machine_id or _same_memory(child.memory, shadow.memory) < _SAME:
+        if child.tables_in != machine_id or kinship.same_memory(child.memory, shadow.memory) < kinship.SAME:
             continue
         if child.memory.size >= shadow.memory.size:
             children[number] = replace(child, views=(*child.views, View(shadow.root, parent)))
         else:
-            fuller = _machine(shadow, child.id, child.found_by, parent, (View(child.root, machine_id),), child.children)
+            inner = (View(child.root, machine_id),)
+            fuller = _machine(shadow, child.id, child.found_by, parent, search, inner, child.children)
             children[number] = replace(fuller, vcpus=child.vcpus)
         return
-    children.append(_machine(shadow, f"{machine_id}.{len(children)}", "the outer hypervisor's tables", parent))
-
-
-def _same_memory(first: HostMemory, second: HostMemory) -> float:
-    """Return the share of the smaller memory's bytes that are the same bytes of the capture in the other."""
-    small, large = sorted((first, second), key=lambda memory: memory.size)
-    starts, last = small.starts, small.starts + small.lengths - 1
-    same = (large.locate(starts, 1) == small.offsets) & (large.locate(last, 1) == small.offsets + small.lengths - 1)
-    return float(small.lengths[same].sum()) / max(small.size, 1)
+    child_id = f"{machine_id}.{len(children)}"
+    children.append(_machine(shadow, child_id, "the outer hypervisor's tables", parent, search))
 
 
 def _machine(
@@ -286,9 +225,13 @@ def _machine(
     machine_id: str,
     found_by: str,
     tables_in: str,
+    search: _Search,
     views: tuple[View, ...] = (),
     children: tuple[Machine, ...] = (),
 ) -> Machine:
+    name = f"{tables_in}/{found.root}"
+    if name not in search.systems:
+        search.systems[name] = identify.system(found.memory)
     return Machine(
         machine_id,
         found.root,
@@ -297,7 +240,7 @@ def _machine(
         candidates.distinct(found.structures),
         found.evidence,
         found_by,
-        identify.system(found.memory),
+        search.systems[name],
         found.paging,
         tables_in,
         views,

@@ -28,6 +28,11 @@ class ScanResult:
     pages: int
     notes: tuple[str, ...] = ()
 
+    @property
+    def examined(self) -> tuple[int, ...]:
+        """Addresses of all pages that were examined, believed or not."""
+        return tuple(sorted(s.hpa for s in (*self.structures, *self.near_misses)))
+
 
 def silent(percentage: float, what: str) -> None:
     """Report no progress."""
@@ -51,7 +56,19 @@ def control_structures(
     if len(found) > MAX_CANDIDATES:
         notes = (f"{len(found)} pages look like control structures; the first {MAX_CANDIDATES} were examined",)
         found = found[:MAX_CANDIDATES]
-    examined = list(_examined(memory, found, physical_bits))
+    return _sorted(_examined(memory, found, physical_bits), pages, notes)
+
+
+def again(
+    memory: HostMemory, addresses: Iterable[int], pages: int, notes: tuple[str, ...], physical_bits: int
+) -> ScanResult:
+    """Return what an earlier pass over the same memory found: its pages are examined anew, the others not looked at."""
+    found = [(address, examine) for address in addresses for examine in (vmcs.examine, vmcb.examine)]
+    return _sorted(_examined(memory, found, physical_bits), pages, notes)
+
+
+def _sorted(accounts: Iterable[ControlStructure], pages: int, notes: tuple[str, ...]) -> ScanResult:
+    examined = list(accounts)
     return ScanResult(
         tuple(s for s in examined if s.verdict is not Verdict.REJECTED),
         tuple(s for s in examined if s.verdict is Verdict.REJECTED),

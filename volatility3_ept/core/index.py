@@ -1,0 +1,62 @@
+"""What a search found, kept as data: a second command on the same image does not search again.
+
+Only *where* things are is kept. Every page named here is read and judged anew, every root is walked anew, so an index
+can make a search shorter and never a result wrong. It is JSON: nothing in it is executed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+#: Change it when the meaning of a field changes: an index of another format is not read.
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Index:
+    """The outcome of one search. Addresses are of the memory that was searched.
+
+    ``structures``: pages that were examined as VMCS or VMCB. ``pages``: how many were searched. ``systems``: what runs
+    behind each root, by the root's text. ``notes``: what the search said it had cut short.
+    """
+
+    structures: tuple[int, ...] = ()
+    pages: int = 0
+    systems: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def to_json(self, key: str) -> str:
+        """Return the text to keep; ``key`` names the capture, the options and the version it belongs to."""
+        return json.dumps(
+            {
+                "format": FORMAT,
+                "key": key,
+                "structures": list(self.structures),
+                "pages": self.pages,
+                "systems": dict(self.systems),
+                "notes": list(self.notes),
+            }
+        )
+
+    @classmethod
+    def from_json(cls, text: str, key: str) -> Index | None:
+        """Return the index that a text holds; None when it is damaged, of another format, or for another key."""
+        try:
+            data = json.loads(text)
+        except ValueError:
+            return None
+        if not isinstance(data, dict) or data.get("format") != FORMAT or data.get("key") != key:
+            return None
+        structures, pages, systems, notes = (data.get(name) for name in ("structures", "pages", "systems", "notes"))
+        sound = (
+            isinstance(structures, list)
+            and all(type(item) is int and 0 <= item < 1 << 52 for item in structures)
+            and type(pages) is int
+            and isinstance(systems, dict)
+            and all(isinstance(item, str) for pair in systems.items() for item in pair)
+            and isinstance(notes, list)
+            and all(isinstance(item, str) for item in notes)
+        )
+        return cls(tuple(structures), pages, systems, tuple(notes)) if sound else None
