@@ -1,0 +1,110 @@
+"""``--guest``: the option, and the two checks that keep it honest.
+
+Volatility shows the requirements of every automagic as options of ``vol``. :class:`GuestSelector` runs before every
+other automagic and refuses what cannot be; :class:`GuestGuard` runs after all of them and refuses a result that does
+not come from the machine that was asked for. In between :class:`~.stacker.GuestStacker` stacks the layer. Without the
+option all three do nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from volatility3 import framework
+from volatility3.framework import constants, interfaces
+
+from volatility3_ept.automagic import stacker
+from volatility3_ept.layers import discovery, errors, guest, options, runs
+
+_STACKERS = "automagic.LayerStacker.stackers"
+
+
+class GuestSelector(interfaces.automagic.AutomagicInterface):
+    """Takes ``--guest`` and checks it before any layer is built."""
+
+    # Before ConstructionMagic (0), which builds the layers of a configuration, and LayerStacker (10).
+    priority = -10
+
+    @classmethod
+    def get_requirements(cls) -> list[interfaces.configuration.RequirementInterface]:
+        """The options that ``vol`` shows."""
+        return [
+            options.SharedString(name="guest", description=options.GUEST_HELP, optional=True),
+            *options.shared(),
+        ]
+
+    def __call__(
+        self,
+        context: interfaces.context.ContextInterface,
+        config_path: str,
+        requirement: interfaces.configuration.RequirementInterface,
+        progress_callback: constants.ProgressCallback = None,
+    ) -> list[Any] | None:
+        """Prepare the stackers; GuestError when the option cannot be obeyed."""
+        if any(isinstance(item, options.GuestRequirement) for item in requirement.requirements.values()):
+            # One of our own plugins: it works on the host's physical memory and chooses the machine itself.
+            context.config[stacker.HANDLED_BY_PLUGIN] = True
+            context.config[_STACKERS] = _names_below(stacker.GuestStacker.stack_order)
+            return None
+        wanted = context.config.get(f"{options.CONFIG_PATH}.guest", None)
+        if wanted is None:
+            return None
+        discovery.check_syntax(wanted)
+        plugin_path = interfaces.configuration.path_join(config_path, requirement.name)
+        _refuse_other_layers(context.config.branch(plugin_path), wanted)
+        chosen = context.config.get(_STACKERS, None)
+        if chosen and stacker.GuestStacker.__name__ not in chosen:
+            context.config[_STACKERS] = [*chosen, stacker.GuestStacker.__name__]
+        return None
+
+
+class GuestGuard(interfaces.automagic.AutomagicInterface):
+    """Last of all: with ``--guest``, no layer may be in use that does not stand on the guest's."""
+
+    priority = 10_000
+
+    def __call__(
+        self,
+        context: interfaces.context.ContextInterface,
+        config_path: str,
+        requirement: interfaces.configuration.RequirementInterface,
+        progress_callback: constants.ProgressCallback = None,
+    ) -> list[Any] | None:
+        """Raise GuestError when a plugin would read another machine than the one that was asked for."""
+        wanted = context.config.get(f"{options.CONFIG_PATH}.guest", None)
+        if wanted is None or context.config.get(stacker.HANDLED_BY_PLUGIN, False):
+            return None
+        used = {name for layer in context.layers for name in context.layers[layer].dependencies}
+        for name in context.layers:
+            if name not in used and not _stands_on_guest(context, name):
+                raise errors.GuestError(
+                    f"--guest {wanted}: layer {name} ({type(context.layers[name]).__name__}) is not that machine's; "
+                    "refusing to show another machine's data"
+                )
+        return None
+
+
+def _stands_on_guest(context: interfaces.context.ContextInterface, name: str) -> bool:
+    layer = context.layers[name]
+    return isinstance(layer, runs.RunsLayer) or any(_stands_on_guest(context, below) for below in layer.dependencies)
+
+
+def _names_below(order: int) -> list[str]:
+    """Return the names of the file-format stackers: an operating system on the host's memory is not asked for."""
+    stackers = framework.class_subclasses(interfaces.automagic.StackerLayerInterface)
+    return [item.__name__ for item in stackers if item.stack_order < order]
+
+
+def _refuse_other_layers(config: interfaces.configuration.HierarchicalDict, wanted: str) -> None:
+    """Raise GuestError when a loaded configuration (``-c``) already names layers, and not this guest's."""
+    classes = [key for key in config if key.rpartition(".")[2] == "class" and "layers." in str(config[key])]
+    guests = [
+        str(config[f"{key.rpartition('.')[0]}.guest"])
+        for key in classes
+        if str(config[key]).endswith(guest.GuestPhysicalLayer.__name__)
+    ]
+    if classes and wanted not in guests:
+        held = f"guest {guests[0]}" if guests else "the host or another machine"
+        raise errors.GuestError(
+            f"--guest {wanted}: the configuration given with -c describes {held}; use one of the two"
+        )

@@ -1,0 +1,96 @@
+"""Which kernel would Volatility take for the host's?
+
+Its stackers search all of the physical memory. Where host and guest run the same kernel build, the first one they meet
+may be the guest's, and a guest-physical page table is then read as a host-physical one: an empty or a wrong process
+list, with exit status 0. ``--guest host`` cannot fall into this trap; ``ept.scan`` says when it is there.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from volatility3 import framework
+from volatility3.framework import constants, contexts, exceptions, interfaces
+from volatility3.framework.automagic import stacker as vol_stacker
+from volatility3.framework.layers import intel
+
+from volatility3_ept.layers import host, runs
+
+if TYPE_CHECKING:
+    from volatility3_ept.core.machines import Discovery
+
+vollog = logging.getLogger(__name__)
+
+#: Operating-system stackers have higher orders than every file format's and than ours.
+_FIRST_OS_ORDER = 31
+
+
+def warn(
+    context: interfaces.context.ContextInterface,
+    layer_name: str,
+    found: Discovery,
+    progress_callback: constants.ProgressCallback = None,
+) -> bool:
+    """Log a warning, and return True, when the kernel that Volatility would choose for the host lies in a guest."""
+    base = host.physical_layer(context, layer_name)
+    if isinstance(context.layers[base], runs.RunsLayer):
+        return False
+    # Not a clone: some of Volatility's layers (QEMU's) cannot be copied, and nothing in them changes.
+    copy = contexts.Context()
+    for name in context.layers:
+        copy.add_layer(context.layers[name])
+    stackers = sorted(
+        (
+            item
+            for item in framework.class_subclasses(interfaces.automagic.StackerLayerInterface)
+            if item.stack_order >= _FIRST_OS_ORDER
+        ),
+        key=lambda item: item.stack_order,
+    )
+    chosen = vol_stacker.LayerStacker.stack_layer(copy, base, stackers, progress_callback)[0]
+    layer = copy.layers[chosen]
+    if not isinstance(layer, intel.Intel):
+        return False
+    why = _misled(copy, layer, found)
+    if why:
+        vollog.warning(
+            "The kernel that Volatility takes for the host's is a guest's, or damaged: %s. "
+            "Use --guest host for the host's own processes",
+            why,
+        )
+    return bool(why)
+
+
+def _misled(context: interfaces.context.ContextInterface, layer: intel.Intel, found: Discovery) -> str:
+    """Say why the chosen kernel cannot be the host's; empty when it can."""
+    table = int(layer.config["page_map_offset"])
+    owners = [machine.id for machine in found.machines if machine.guest_map.to_gpas(table)]
+    if owners:
+        return f"its page table at {table:#x} is in the memory of guest {owners[0]}"
+    banner = _banner_address(context, layer)
+    if banner is None:
+        return ""
+    # Addresses taken from a guest's kernel are guest-physical: as host-physical ones they lead nowhere, or elsewhere.
+    try:
+        text = layer.read(banner, len(_BANNER))
+        frame, _ = layer.translate(banner)
+    except exceptions.InvalidAddressException:
+        text, frame = b"", None
+    if text != _BANNER or frame is None:
+        return f"its page table at {table:#x} does not lead to its own banner at {banner:#x}"
+    owners = [machine.id for machine in found.machines if machine.guest_map.to_gpas(frame)]
+    return f"its banner at {frame:#x} is in the memory of guest {owners[0]}" if owners else ""
+
+
+_BANNER = b"Linux version "
+
+
+def _banner_address(context: interfaces.context.ContextInterface, layer: intel.Intel) -> int | None:
+    """Return where a chosen Linux kernel must have its banner; None for other systems."""
+    shift = layer.config.get("kernel_virtual_offset", None)
+    for name in context.symbol_space:
+        table = context.symbol_space[name]
+        if shift is not None and "linux_banner" in table.symbols:
+            return int(table.get_symbol("linux_banner").address + shift) & layer.address_mask
+    return None

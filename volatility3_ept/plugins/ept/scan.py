@@ -1,0 +1,80 @@
+"""``ept.scan``: which virtual machines live in this host image."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from volatility3.framework import interfaces, renderers
+from volatility3.framework.configuration import requirements
+from volatility3.framework.renderers import format_hints
+
+import volatility3_ept.automagic  # noqa: F401  (registers --guest)
+from volatility3_ept.layers import discovery, hostcheck, options
+from volatility3_ept.layers.hints import Bytes
+
+if TYPE_CHECKING:
+    from volatility3_ept.core.machines import Machine
+
+vollog = logging.getLogger(__name__)
+
+
+class Scan(options.SharedOptions, interfaces.plugins.PluginInterface):
+    """Finds the virtual machines in a host's memory: one row per machine, nested ones below their parent."""
+
+    _required_framework_version = (2, 0, 0)
+    _version = (1, 0, 0)
+
+    @classmethod
+    def get_requirements(cls) -> list[interfaces.configuration.RequirementInterface]:
+        """Options of the plugin."""
+        return [
+            *options.plugin_requirements(),
+            requirements.BooleanRequirement(
+                name="no_host_check",
+                description="Do not check which kernel Volatility takes for the host's (faster)",
+                optional=True,
+            ),
+        ]
+
+    def _generator(self, shown: list[Machine]) -> Iterator[tuple[int, tuple[Any, ...]]]:
+        base = shown[0].depth if shown else 0
+        for machine in shown:
+            yield (
+                machine.depth - base,
+                (
+                    machine.id,
+                    machine.root.kind,
+                    format_hints.Hex(machine.root.raw),
+                    machine.root.levels,
+                    len(machine.vcpus),
+                    Bytes(machine.guest_map.mapped_bytes),
+                    machine.system,
+                    machine.found_by,
+                    "; ".join([*map(str, machine.evidence), *(f"? also mapped by: {view}" for view in machine.views)]),
+                ),
+            )
+
+    def run(self) -> renderers.TreeGrid:
+        """Return one row per machine. The search comes first: an error then stands alone, without a table's head."""
+        capture = discovery.open_capture(self.context, self.config["primary"], self.config)
+        found = capture.discover(self.config, self._progress_callback)
+        wanted = self.config.get("guest", None)
+        shown = found.all() if wanted is None else list(discovery.select(found, wanted).tree())
+        if not shown:
+            vollog.warning("No virtual machine was found in %d pages (-vv shows what was not believed)", found.pages)
+        elif not self.config.get("no_host_check", False):
+            hostcheck.warn(self.context, self.config["primary"], found, self._progress_callback)
+        columns = [
+            ("Machine", str),
+            ("Kind", str),
+            ("Root", format_hints.Hex),
+            ("Levels", int),
+            ("vCPUs", int),
+            ("Mapped", Bytes),
+            ("OS", str),
+            ("Found by", str),
+            ("Evidence", str),
+        ]
+        return renderers.TreeGrid(columns, self._generator(shown))

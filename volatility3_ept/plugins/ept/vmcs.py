@@ -1,0 +1,83 @@
+"""``ept.vmcs``: the decoded control structures (VMCS and VMCB) of every vCPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from volatility3.framework import interfaces, renderers
+from volatility3.framework.configuration import requirements
+from volatility3.framework.renderers import format_hints
+
+import volatility3_ept.automagic  # noqa: F401  (registers --guest)
+from volatility3_ept.layers import discovery, options, target
+
+
+class Vmcs(options.SharedOptions, interfaces.plugins.PluginInterface):
+    """Shows the fields of each vCPU's VMCS or VMCB, decoded, with offset and raw value."""
+
+    _required_framework_version = (2, 0, 0)
+    _version = (1, 0, 0)
+
+    @classmethod
+    def get_requirements(cls) -> list[interfaces.configuration.RequirementInterface]:
+        """Options of the plugin."""
+        return [
+            *options.plugin_requirements(),
+            requirements.ListRequirement(
+                name="field",
+                description="Only fields whose name contains one of these words (EPTP, CR3, RIP, ...)",
+                element_type=str,
+                optional=True,
+            ),
+            requirements.BooleanRequirement(
+                name="all", description="Also fields that are zero", default=False, optional=True
+            ),
+        ]
+
+    def run(self) -> renderers.TreeGrid:
+        """Return one row per field."""
+        capture = discovery.open_capture(self.context, self.config["primary"], self.config)
+        columns = [
+            ("Machine", str),
+            ("vCPU", int),
+            ("Structure", str),
+            ("HPA", format_hints.Hex),
+            ("Field", str),
+            ("Offset", format_hints.Hex),
+            ("Raw", format_hints.Hex),
+            ("Decoded", str),
+        ]
+        return renderers.TreeGrid(
+            columns, self._generator(target.targets(capture, self.config, self._progress_callback))
+        )
+
+    def _generator(self, found: list[target.Target]) -> Iterator[tuple[int, tuple[Any, ...]]]:
+        from volatility3_ept.core import layouts
+        from volatility3_ept.spec import describe
+
+        words = [word.upper() for word in self.config.get("field", None) or []]
+        by_name = {layout.name: layout for layout in (*layouts.load_layouts(), layouts.vmcb_layout())}
+        for chosen in found:
+            for number, vcpu in enumerate(chosen.machine.vcpus if chosen.machine else ()):
+                layout = by_name[vcpu.layout]
+                page = chosen.below.read(vcpu.hpa, 4096) or bytes(4096)
+                for name, field in sorted(layout.fields.items(), key=lambda item: item[1].offset):
+                    value = vcpu.fields.get(name, 0)
+                    if (words and not any(word in name for word in words)) or not (
+                        value or words or self.config["all"]
+                    ):
+                        continue
+                    yield (
+                        0,
+                        (
+                            chosen.id,
+                            number,
+                            f"{vcpu.kind} ({vcpu.layout})",
+                            format_hints.Hex(vcpu.hpa),
+                            name,
+                            format_hints.Hex(field.offset),
+                            format_hints.Hex(field.read(page)),
+                            describe.field(vcpu.kind, name, value),
+                        ),
+                    )
