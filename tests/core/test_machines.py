@@ -115,7 +115,7 @@ def test_a_nested_structure_shows_its_address_in_the_guest_that_holds_it():
     inner = Guest(outer.ram, paging.NPT_4, pages=16)
     gpa = inner.vcpu()
     child = discover(ram).find("0.0")
-    assert [v.hpa for v in child.vcpus] == [gpa]
+    assert [(v.hpa, v.held_in) for v in child.vcpus] == [(gpa, "0")]
 
 
 def test_a_third_level_hangs_below_the_second():
@@ -142,6 +142,22 @@ def test_outer_tables_of_a_nested_guest_are_a_child_and_not_a_neighbour():
     found = discover(ram)
     assert roots(found) == {"0": outer.root, "0.0": shadow.register}
     assert found.find("0.0").tables_in == ""
+
+
+def test_a_copy_of_vmcs12_in_the_hosts_memory_belongs_to_the_guest_whose_memory_its_root_leads_to():
+    """KVM works on a copy of its own: the page in the guest may hold nothing but its header."""
+    ram = HostRam()
+    outer = Guest(ram, paging.EPT_4, pages=96)
+    outer.vcpu()
+    bystander = Guest(ram, paging.EPT_4, pages=96)
+    bystander.vcpu()
+    inner = Guest(outer.ram, paging.EPT_4, pages=16, layout="kvm")
+    kept = ram.allocate()
+    ram.write(kept, inner.control_page(msr_bitmap=0x77_5000))
+    found = discover(ram)
+    assert roots(found) == {"0": outer.root, "0.0": inner.root, "1": bystander.root}
+    (vcpu,) = found.find("0.0").vcpus
+    assert (vcpu.hpa, vcpu.held_in) == (kept, "")
 
 
 def test_inner_and_outer_tables_of_one_nested_guest_are_one_machine_with_two_views():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from volatility3.framework import constants, interfaces
@@ -67,18 +68,28 @@ def _stack_machine(
         below = _stack_machine(context, layer_name, found, machine.tables_in, memory)
         context.add_layer(below)
         layer_name, memory = below.name, below.memory
-    return _guest_layer(context, layer_name, str(machine.root), machine.id, memory)
+    slots = [str(slot) for slot in machine.recovery.slots] if machine.recovery else []
+    return _guest_layer(context, layer_name, str(machine.root), machine.id, memory, slots)
 
 
 def _guest_layer(
-    context: interfaces.context.ContextInterface, base: str, root: str, machine_id: str, memory: HostMemory
+    context: interfaces.context.ContextInterface,
+    base: str,
+    root: str,
+    machine_id: str,
+    memory: HostMemory,
+    slots: Sequence[str] = (),
 ) -> guest.GuestPhysicalLayer:
     from volatility3_ept.core.root import Root
 
     name = context.layers.free_layer_name("GuestPhysicalLayer")
     values: dict[str, Any] = {"base_layer": base, "root": root, "guest": machine_id}
     table = Root.parse(root).fingerprint(memory)
-    path = _configure(context, name, {**values, "table": table} if table else values)
+    if table:
+        values["table"] = table
+    if slots:
+        values["slots"] = list(slots)
+    path = _configure(context, name, values)
     vollog.info("Guest %s: %s over %s", machine_id, root, base)
     return guest.GuestPhysicalLayer(context, path, name)
 

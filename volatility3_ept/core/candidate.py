@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from volatility3_ept.core import guestcpu, physaddr
+from volatility3_ept.core import backing, guestcpu, physaddr
+from volatility3_ept.core.backing import Recovery
 from volatility3_ept.core.control import ControlStructure, Criterion, Verdict
 from volatility3_ept.core.gpamap import GuestMap
 from volatility3_ept.core.memory import HostMemory
 from volatility3_ept.core.root import EPT, NPT, Root, RootError
+from volatility3_ept.core.slots import Slot
 from volatility3_ept.spec import bits
 from volatility3_ept.spec.ia32e import Ia32Format
 
@@ -32,6 +34,12 @@ class Candidate:
     paging: Ia32Format | None
     evidence: tuple[Criterion, ...]
     accepted: bool
+    recovery: Recovery | None = None
+
+    @property
+    def whole(self) -> GuestMap:
+        """What EPT or NPT maps, and what was recovered beside it."""
+        return self.recovery.guest_map if self.recovery else self.guest_map
 
     @property
     def strength(self) -> tuple[bool, int, int]:
@@ -122,6 +130,34 @@ def _tables(below: HostMemory, root: Root, guest_map: GuestMap, memory: HostMemo
     )
 
 
+def recovered(
+    below: HostMemory, found: Candidate, known: Sequence[Slot] | None, others: Sequence[GuestMap]
+) -> Candidate:
+    """Return a candidate with the pages that its EPT or NPT lacks, from the VMM's own page tables.
+
+    ``known`` are the slots of an earlier search (empty: it found no VMM). ``others`` are maps of the other guests.
+    """
+    if known is None:
+        roots = [structure.host_cr3 for structure in found.structures if structure.host_cr3]
+        recovery = backing.recover(below, found.guest_map, roots, found.root.format.key_bits, others=others)
+    else:
+        recovery = backing.again(below, found.guest_map, known, found.root.format.key_bits, others)
+    if recovery.slots:
+        sure = sum(slot.confirmed for slot in recovery.slots)
+        held, text = (
+            True,
+            (
+                f"{bits.size_name(recovery.recovered_bytes)} that {found.root.kind} lacks, through the VMM at CR3 "
+                f"{recovery.root:#x}; {len(recovery.slots)} slots, {sure} of them by KVM's own record"
+            ),
+        )
+    else:
+        held, text = None, "no VMM was found whose page tables map this guest"
+    evidence = (*found.evidence, Criterion("recovered", held, text, 0))
+    memory = recovery.guest_map.memory(below)
+    return replace(found, memory=memory, evidence=evidence, recovery=recovery)
+
+
 def distinct(structures: Sequence[ControlStructure]) -> tuple[ControlStructure, ...]:
     """Return one structure per vCPU, the best first: copies of a page, in a file cache or a crash buffer, are dropped.
 
@@ -143,6 +179,6 @@ _OWN_PAGES = {
 }
 
 
-def rebased(structure: ControlStructure, address: int) -> ControlStructure:
-    """Return the structure as it appears at another address, in the space of the guest that holds it."""
-    return replace(structure, hpa=address)
+def rebased(structure: ControlStructure, address: int, held_in: str) -> ControlStructure:
+    """Return the structure as it appears at another address, in the memory of machine ``held_in``."""
+    return replace(structure, hpa=address, held_in=held_in)

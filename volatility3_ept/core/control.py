@@ -65,6 +65,10 @@ class ControlStructure:
     vpid_or_asid: int | None
     fields: Mapping[str, int] = field(hash=False, repr=False)
     evidence: tuple[Criterion, ...] = field(repr=False)
+    #: The page itself.
+    raw: bytes = field(default=b"", repr=False, compare=False)
+    #: Id of the machine in whose memory :attr:`hpa` is an address; empty for the capture itself.
+    held_in: str = ""
 
     @property
     def score(self) -> float:

@@ -19,12 +19,14 @@ class Index:
     """The outcome of one search. Addresses are of the memory that was searched.
 
     ``structures``: pages that were examined as VMCS or VMCB. ``pages``: how many were searched. ``systems``: what runs
-    behind each root, by the root's text. ``notes``: what the search said it had cut short.
+    behind each root, by its name; ``slots``: the memory slots in its VMM's address space, as text, none where no VMM
+    was found. ``notes``: what the search said it had cut short.
     """
 
     structures: tuple[int, ...] = ()
     pages: int = 0
     systems: Mapping[str, str] = field(default_factory=dict)
+    slots: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def to_json(self, key: str) -> str:
@@ -36,6 +38,7 @@ class Index:
                 "structures": list(self.structures),
                 "pages": self.pages,
                 "systems": dict(self.systems),
+                "slots": dict(self.slots),
                 "notes": list(self.notes),
             }
         )
@@ -49,14 +52,21 @@ class Index:
             return None
         if not isinstance(data, dict) or data.get("format") != FORMAT or data.get("key") != key:
             return None
-        structures, pages, systems, notes = (data.get(name) for name in ("structures", "pages", "systems", "notes"))
-        sound = (
-            isinstance(structures, list)
-            and all(type(item) is int and 0 <= item < 1 << 52 for item in structures)
-            and type(pages) is int
-            and isinstance(systems, dict)
-            and all(isinstance(item, str) for pair in systems.items() for item in pair)
-            and isinstance(notes, list)
-            and all(isinstance(item, str) for item in notes)
+        structures, pages, systems, slots, notes = (
+            data.get(name) for name in ("structures", "pages", "systems", "slots", "notes")
         )
-        return cls(tuple(structures), pages, systems, tuple(notes)) if sound else None
+        if not isinstance(structures, list) or not all(
+            type(item) is int and 0 <= item < 1 << 52 for item in structures
+        ):
+            return None
+        if type(pages) is not int or not isinstance(systems, dict) or not isinstance(slots, dict):
+            return None
+        if not _texts([*systems, *systems.values()]) or not all(_texts(item) for item in slots.values()):
+            return None
+        if not isinstance(notes, list) or not _texts(notes):
+            return None
+        return cls(tuple(structures), pages, systems, {name: tuple(item) for name, item in slots.items()}, tuple(notes))
+
+
+def _texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)

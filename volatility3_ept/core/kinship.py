@@ -25,7 +25,7 @@ def owners(structures: Iterable[ControlStructure], accepted: list[Candidate]) ->
     hypervisor hands to a guest: in a mutual claim the one that maps itself loses.
     """
     own = {s.hpa: c for c in accepted for s in c.structures}
-    frames = {id(c): c.guest_map.frame_ranges() for c in accepted}
+    frames = {id(c): c.whole.frame_ranges() for c in accepted}
 
     def holds(owner: Candidate, address: int) -> bool:
         starts, ends = frames[id(owner)]
@@ -60,7 +60,7 @@ def families(
             if _agreement(main.guest_map, top.guest_map) >= SAME:
                 views.setdefault(id(main), []).append(top)
                 break
-            if _overlap(main.guest_map, top.guest_map) >= SAME:
+            if _overlap(main.whole, top.guest_map) >= SAME:
                 shadows.setdefault(id(main), []).append(top)
                 break
         else:

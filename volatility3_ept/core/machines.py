@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from volatility3_ept.core import candidate as candidates
 from volatility3_ept.core import identify, kinship, scan
+from volatility3_ept.core.backing import Recovery
 from volatility3_ept.core.candidate import Candidate
 from volatility3_ept.core.control import ControlStructure, Criterion
 from volatility3_ept.core.gpamap import GuestMap
@@ -20,11 +21,14 @@ from volatility3_ept.core.index import Index
 from volatility3_ept.core.memory import HostMemory
 from volatility3_ept.core.root import Root
 from volatility3_ept.core.scan import Progress
+from volatility3_ept.core.slots import Slot
 from volatility3_ept.spec import bits
 from volatility3_ept.spec.ia32e import Ia32Format
 
 #: A tree deeper than this is an attack on the analyst: no hypervisor nests so far.
 MAX_DEPTH = 6
+#: Control structures without a machine that are tried in the memory of each guest.
+_MAX_ORPHANS = 64
 
 
 @dataclass(frozen=True)
@@ -46,8 +50,9 @@ class View:
 class Machine:
     """One virtual machine. Plain data: whoever holds it can read the guest's memory and needs nothing else.
 
-    ``id`` is what ``--guest`` takes. ``memory`` is guest-physical memory over the capture. The tables lie in the
-    memory of machine ``tables_in`` (empty: in the capture itself).
+    ``id`` is what ``--guest`` takes. ``guest_map`` is what EPT or NPT maps; ``memory`` is the guest-physical memory
+    over the capture, with the pages that ``recovery`` found beside it. The tables lie in the memory of machine
+    ``tables_in`` (empty: in the capture itself).
     """
 
     id: str
@@ -62,6 +67,7 @@ class Machine:
     tables_in: str = ""
     views: tuple[View, ...] = ()
     children: tuple[Machine, ...] = ()
+    recovery: Recovery | None = None
 
     def __deepcopy__(self, memo: dict[int, object]) -> Machine:
         """Return itself: nothing in it changes."""
@@ -104,7 +110,9 @@ class _Search:
     """What the recursion shares."""
 
     physical_bits: int
+    recover: bool
     systems: dict[str, str]
+    slots: dict[str, tuple[str, ...]]
     rejected: list[Candidate] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -114,21 +122,24 @@ def discover(
     physical_bits: int = bits.MAX_PHYSICAL_BITS,
     progress: Progress = scan.silent,
     known: Index | None = None,
+    recover: bool = True,
 ) -> Discovery:
     """Find every machine whose control structure is in ``memory``, nested ones too.
 
-    ``known`` is the index of an earlier search of the same memory: its pages are judged again, no others.
+    ``known`` is the index of an earlier search of the same memory: its pages are judged again, no others. ``recover``:
+    also find the pages that EPT or NPT lacks, in the memory of the VMM.
     """
     if known is None:
         result = scan.control_structures(memory, physical_bits, progress)
     else:
         result = scan.again(memory, known.structures, known.pages, known.notes, physical_bits)
-    search = _Search(physical_bits, dict(known.systems) if known else {}, notes=list(result.notes))
+    kept = known or Index()
+    search = _Search(physical_bits, recover, dict(kept.systems), dict(kept.slots), notes=list(result.notes))
     structures = [s for s in result.structures if s.has_root]
     progress(100, "Walking the page tables of the machines found")
     machines = _level(memory, structures, "", search)
     without = tuple(s for s in result.structures if not s.has_root)
-    index = Index(result.examined, result.pages, search.systems, result.notes)
+    index = Index(result.examined, result.pages, search.systems, search.slots, result.notes)
     return Discovery(
         tuple(machines), result.near_misses + without, tuple(search.rejected), tuple(search.notes), result.pages, index
     )
@@ -137,8 +148,10 @@ def discover(
 def _level(below: HostMemory, structures: Sequence[ControlStructure], parent: str, search: _Search) -> list[Machine]:
     """Return the machines whose tables lie in ``below``, sorted by root; ids continue ``parent``."""
     judged = _judged(below, structures, search)
-    accepted = [c for c in judged if c.accepted]
     search.rejected += [c for c in judged if not c.accepted]
+    accepted = [c for c in judged if c.accepted]
+    if search.recover:
+        accepted = _recovered(below, accepted, parent, search)
     owners = kinship.owners(structures, accepted)
     tops = [_without_owned(c, below, owners) for c in accepted if any(not owners[s.hpa] for s in c.structures)]
     if accepted and not tops:
@@ -146,11 +159,13 @@ def _level(below: HostMemory, structures: Sequence[ControlStructure], parent: st
         tops, owners = accepted, {s.hpa: [] for s in structures}
     tops.sort(key=lambda c: c.root.address)
     mains, views, shadows = kinship.families(tops)
-    machines = []
+    machines: list[Machine] = []
+    named = {s.hpa for c in accepted for s in c.structures}
+    orphans = [s for s in structures if s.hpa not in named and not owners[s.hpa]][:_MAX_ORPHANS]
     for number, main in enumerate(mains):
         machine_id = f"{parent}.{number}" if parent else str(number)
         inside = [s for s in structures if main.root in owners[s.hpa]]
-        children = _children(main, inside, machine_id, search) if machine_id.count(".") < MAX_DEPTH else []
+        children = _children(main, inside, orphans, machine_id, search) if machine_id.count(".") < MAX_DEPTH else []
         for shadow in shadows.get(id(main), []):
             _add_shadow(children, shadow, machine_id, parent, search)
         how = ", ".join(sorted({s.kind for s in main.structures}))
@@ -181,22 +196,64 @@ def _judged(below: HostMemory, structures: Sequence[ControlStructure], search: _
     return best
 
 
+def _recovered(below: HostMemory, accepted: list[Candidate], parent: str, search: _Search) -> list[Candidate]:
+    """Add what the VMMs hold beside EPT and NPT. Views and outer tables of nested guests are not recovered."""
+    mains, _, _ = kinship.families(accepted)
+    chosen = {id(main) for main in mains}
+    whole = []
+    for found in accepted:
+        if id(found) not in chosen:
+            whole.append(found)
+            continue
+        name = f"{parent}/{found.root}"
+        kept = search.slots.get(name)
+        known = None if kept is None else [Slot.parse(text) for text in kept]
+        others = [main.guest_map for main in mains if main is not found]
+        whole.append(candidates.recovered(below, found, known, others))
+        recovery = whole[-1].recovery
+        search.slots[name] = tuple(str(slot) for slot in recovery.slots) if recovery else ()
+    return whole
+
+
 def _without_owned(found: Candidate, below: HostMemory, owners: dict[int, list[Root]]) -> Candidate:
     """Return a candidate without the structures that lie in a guest: there the same number is another address."""
     free = tuple(s for s in found.structures if not owners[s.hpa])
-    return found if len(free) == len(found.structures) else candidates.judge(below, found.root, free)
+    if len(free) == len(found.structures):
+        return found
+    again = candidates.judge(below, found.root, free)
+    if found.recovery is None:
+        return again
+    recovered = tuple(item for item in found.evidence if item.name == "recovered")
+    return replace(again, memory=found.memory, recovery=found.recovery, evidence=(*again.evidence, *recovered))
 
 
-def _children(main: Candidate, inside: list[ControlStructure], parent: str, search: _Search) -> list[Machine]:
-    """Return the machines of a hypervisor that runs in ``main``: the same search in its guest-physical memory."""
+def _children(
+    main: Candidate, inside: list[ControlStructure], orphans: list[ControlStructure], parent: str, search: _Search
+) -> list[Machine]:
+    """Return the machines of a hypervisor that runs in ``main``: the same search in its guest-physical memory.
+
+    ``orphans`` name no root of their own space. KVM keeps a copy of each vmcs12 in the host's memory, and the page in
+    the guest may never be written: such a copy is the guest's if its machine's page tables parse in the guest.
+    """
     own = {s.hpa for s in main.structures}
+    whole = main.whole
     moved = [
-        candidates.rebased(structure, gpa)
+        candidates.rebased(structure, gpa, parent)
         for structure in inside
         if structure.hpa not in own
-        for gpa in main.guest_map.to_gpas(structure.hpa)[:1]
+        for gpa in whole.to_gpas(structure.hpa)[:1]
     ]
+    moved += [structure for structure in orphans if _parses_in(main.memory, structure, search)]
     return _level(main.memory, moved, parent, search) if moved else []
+
+
+def _parses_in(memory: HostMemory, structure: ControlStructure, search: _Search) -> bool:
+    """Tell whether the machine of a structure that lies elsewhere is proven by its page tables in this memory."""
+    return any(
+        found.accepted and found.paging is not None
+        for root in candidates.roots(structure, search.physical_bits)
+        for found in [candidates.judge(memory, root, [structure])]
+    )
 
 
 def _add_shadow(children: list[Machine], shadow: Candidate, machine_id: str, parent: str, search: _Search) -> None:
@@ -245,4 +302,5 @@ def _machine(
         tables_in,
         views,
         children,
+        found.recovery,
     )

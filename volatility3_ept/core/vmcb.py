@@ -102,6 +102,7 @@ def examine(
         vpid_or_asid=values["GUEST_ASID"],
         fields=values,
         evidence=vmcb_checks.judge(values, raw, limits),
+        raw=raw,
     )
     return structure if structure.score >= _FLOOR and _is_runnable(structure) else None
 

@@ -159,6 +159,7 @@ def _account(raw: bytes, hpa: int, layout: Layout, limits: Limits) -> ControlStr
         vpid_or_asid=values.get("VPID"),
         fields=values,
         evidence=vmcs_checks.judge(values, layout, limits),
+        raw=raw,
     )
 
 

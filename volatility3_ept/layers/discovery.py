@@ -43,7 +43,8 @@ class Opened:
         from volatility3_ept.core import machines, scan
 
         known = indexing.load(self.key) if self.key else None
-        found = machines.discover(self.memory, physical_bits(config), progress or scan.silent, known)
+        recover = not config.get("no_recovery", False)
+        found = machines.discover(self.memory, physical_bits(config), progress or scan.silent, known, recover)
         if self.key and found.index != known:
             indexing.save(self.key, found.index)
         for note in found.notes:
@@ -60,7 +61,10 @@ def open_capture(context: interfaces.context.ContextInterface, layer_name: str, 
     """Return the physical memory below a layer."""
     name = host.physical_layer(context, layer_name)
     memory = host.host_memory(context, name, bool(config.get("allow_truncated", False)))
-    options: dict[str, object] = {"maxphyaddr": physical_bits(config)}
+    options: dict[str, object] = {
+        "maxphyaddr": physical_bits(config),
+        "recovery": not config.get("no_recovery", False),
+    }
     return Opened(memory, indexing.key(context, name, memory, options))
 
 

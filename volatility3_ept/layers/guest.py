@@ -26,8 +26,9 @@ class GuestPhysicalLayer(runs.RunsLayer):
     """The physical memory of one guest: its EPT or NPT over the layer that holds the tables and the frames.
 
     Configuration: ``base_layer``; ``root``, a text in the form of :class:`~volatility3_ept.core.root.Root`; ``table``,
-    a hash of its top table, so that a saved configuration cannot be applied to another capture; ``guest``, the id
-    under which ``ept.scan`` printed the machine.
+    a hash of its top table, so that a saved configuration cannot be applied to another capture; ``slots``, where the
+    VMM's address space holds the pages that EPT or NPT lacks; ``guest``, the id under which ``ept.scan`` printed the
+    machine.
     """
 
     guest_map: GuestMap
@@ -46,19 +47,33 @@ class GuestPhysicalLayer(runs.RunsLayer):
         except RootError as error:
             raise errors.GuestError(str(error)) from error
         _check_table(self.root, below, self.config.get("table", None))
-        self.guest_map = self.root.traverse(below)
+        self.guest_map = self._with_recovered(below, self.root.traverse(below))
         for note in self.guest_map.findings.notes:
             vollog.warning("%s: %s", self._what(), note)
         identity = HostMemory(below.source, below.starts, below.lengths, below.starts)
         return self.guest_map.memory(identity), self.guest_map.memory(below)
 
+    def _with_recovered(self, below: HostMemory, mapped: GuestMap) -> GuestMap:
+        """Add the pages that EPT or NPT lacks and the VMM has, where the configuration names its slots."""
+        from volatility3_ept.core import backing
+        from volatility3_ept.core.slots import Slot
+
+        try:
+            known = [Slot.parse(text) for text in self.config.get("slots", None) or []]
+        except ValueError as error:
+            raise errors.GuestError(f"{self._what()}: {error}") from error
+        return backing.again(below, mapped, known, self.root.format.key_bits).guest_map
+
     @classmethod
     def get_requirements(cls) -> list[interfaces.configuration.RequirementInterface]:
-        """The layer below and the root."""
+        """The layer below, the root, and where its VMM keeps what the tables lack."""
         return [
             *super().get_requirements(),
             requirements.StringRequirement(name="root", description="EPT or NPT root, as --guest takes it"),
             requirements.StringRequirement(name="table", description="Hash of the root's table", optional=True),
+            requirements.ListRequirement(
+                name="slots", description="Memory slots in the VMM's address space", element_type=str, optional=True
+            ),
             requirements.StringRequirement(name="guest", description="Id of the machine", optional=True),
         ]
 

@@ -69,6 +69,11 @@ def shared() -> list[interfaces.configuration.RequirementInterface]:
             optional=True,
         ),
         SharedBoolean(
+            name="no_recovery",
+            description="Only what EPT or NPT maps: no pages from the memory of the virtual machine monitor",
+            optional=True,
+        ),
+        SharedBoolean(
             name="allow_truncated",
             description="Work on a capture that ends before what its headers declare",
             optional=True,

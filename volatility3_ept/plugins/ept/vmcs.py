@@ -42,7 +42,8 @@ class Vmcs(options.SharedOptions, interfaces.plugins.PluginInterface):
             ("Machine", str),
             ("vCPU", int),
             ("Structure", str),
-            ("HPA", format_hints.Hex),
+            ("Address", format_hints.Hex),
+            ("In", str),
             ("Field", str),
             ("Offset", format_hints.Hex),
             ("Raw", format_hints.Hex),
@@ -61,7 +62,6 @@ class Vmcs(options.SharedOptions, interfaces.plugins.PluginInterface):
         for chosen in found:
             for number, vcpu in enumerate(chosen.machine.vcpus if chosen.machine else ()):
                 layout = by_name[vcpu.layout]
-                page = chosen.below.read(vcpu.hpa, 4096) or bytes(4096)
                 for name, field in sorted(layout.fields.items(), key=lambda item: item[1].offset):
                     value = vcpu.fields.get(name, 0)
                     if (words and not any(word in name for word in words)) or not (
@@ -75,9 +75,10 @@ class Vmcs(options.SharedOptions, interfaces.plugins.PluginInterface):
                             number,
                             f"{vcpu.kind} ({vcpu.layout})",
                             format_hints.Hex(vcpu.hpa),
+                            f"machine {vcpu.held_in}" if vcpu.held_in else "capture",
                             name,
                             format_hints.Hex(field.offset),
-                            format_hints.Hex(field.read(page)),
+                            format_hints.Hex(field.read(vcpu.raw)),
                             describe.field(vcpu.kind, name, value),
                         ),
                     )
