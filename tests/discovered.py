@@ -6,7 +6,7 @@ import functools
 
 import captures
 
-from volatility3_ept.core import backing, machines
+from volatility3_ept.core import backing, search
 from volatility3_ept.core.backing import Recovery
 from volatility3_ept.core.machines import Discovery, Machine
 from volatility3_ept.core.memory import FileSource, HostMemory
@@ -17,7 +17,7 @@ def capture(name: str) -> tuple[HostMemory, Discovery]:
     """Return the memory of a capture and what is in it; skips the test where the capture is absent."""
     held = captures.get(name)
     below = HostMemory.from_segments(FileSource(held.path), held._segments)
-    return below, machines.discover(below)
+    return below, search.discover(below)
 
 
 def guests(name: str) -> list[Machine]:

@@ -56,7 +56,7 @@ def test_an_id_selects_that_machine(host_file, wanted, number):
 
 def test_a_root_selects_without_any_search(host_file, monkeypatch):
     path, guests = host_file
-    monkeypatch.setattr("volatility3_ept.core.machines.discover", lambda *_: pytest.fail("searched"))
+    monkeypatch.setattr("volatility3_ept.core.search.discover", lambda *_: pytest.fail("searched"))
     layer = primary(construct(path, f"eptp={guests[0].root:#x}"))
     assert layer.read(guests[0].kernel_gpa, 13) == b"Linux version"
 
@@ -135,7 +135,7 @@ def volatility_stackers():
 def test_a_configuration_round_trips_without_a_search(host_file, monkeypatch):
     path, guests = host_file
     saved = dict(construct(path, "1").build_configuration())
-    monkeypatch.setattr("volatility3_ept.core.machines.discover", lambda *_: pytest.fail("searched"))
+    monkeypatch.setattr("volatility3_ept.core.search.discover", lambda *_: pytest.fail("searched"))
     context = volatility.contexts.Context()
     context.config.splice("plugins.Banners", interfaces.configuration.HierarchicalDict(saved))
     magics = automagic.choose_automagic(automagic.available(context), banners.Banners)

@@ -8,13 +8,13 @@ from builders.machine import Guest
 from builders.paging import PAGE, HostRam
 from readers import memory_of
 
-from volatility3_ept.core import machines
+from volatility3_ept.core import search
 
 KINDS = {paging.EPT_4: "EPT", paging.EPT_5: "EPT", paging.NPT_4: "NPT", paging.NPT_5: "NPT"}
 
 
 def discover(ram: HostRam):
-    return machines.discover(memory_of(ram))
+    return search.discover(memory_of(ram))
 
 
 def roots(found) -> dict[str, int]:
@@ -139,6 +139,7 @@ def test_outer_tables_of_a_nested_guest_are_a_child_and_not_a_neighbour():
     for gpa, outer_gpa in inner.placed.items():
         shadow.map(gpa, outer.placed[outer_gpa])
     ram.write(ram.allocate(), inner.control_page(eptp=shadow.register, msr_bitmap=0x77_7000))
+    outer.tables.put(inner.tables.root, "PTE", 0)  # the inner tables themselves are not to be found
     found = discover(ram)
     assert roots(found) == {"0": outer.root, "0.0": shadow.register}
     assert found.find("0.0").tables_in == ""
@@ -192,6 +193,37 @@ def test_inner_tables_that_are_mostly_gone_leave_the_outer_ones_as_the_machine()
     found = discover(ram)
     assert roots(found) == {"0": outer.root, "0.0": shadow.register}
     assert found.find("0.0").memory.read(inner.kernel_gpa, 13) == b"Linux version"
+
+
+def test_inner_tables_that_nobody_announced_and_their_outer_ones_are_one_machine():
+    ram = HostRam()
+    outer = Guest(ram, paging.EPT_4, pages=96)
+    outer.vcpu()
+    inner = Guest(outer.ram, paging.EPT_4, pages=16)
+    shadow = paging.Tables(ram, paging.EPT_4)
+    for gpa, outer_gpa in inner.placed.items():
+        shadow.map(gpa, outer.placed[outer_gpa])
+    ram.write(ram.allocate(), inner.control_page(eptp=shadow.register, msr_bitmap=0x77_7000))
+    found = discover(ram)
+    assert {m.id: m.root.address for m in found.all()} == {"0": outer.tables.root, "0.0": inner.tables.root}
+    child = found.find("0.0")
+    assert [view.root.raw for view in child.views] == [shadow.register]
+    assert len(child.vcpus) == 1
+
+
+@pytest.mark.parametrize(
+    "shape", [paging.EPT_4, paging.EPT_5, paging.NPT_4, paging.NPT_5], ids=lambda shape: shape.name
+)
+def test_a_guest_without_any_control_structure_is_found_by_its_tables(shape):
+    ram = HostRam()
+    guest = Guest(ram, shape, pages=600)
+    for page in range(64):
+        guest.own.map(machine.KERNEL + (page + 1) * PAGE, (20 + page) * PAGE)
+    found = discover(ram)
+    (only,) = found.machines
+    assert only.root.address == guest.tables.root
+    assert (only.found_by, only.vcpus) == ("page tables", ())
+    assert only.guest_cr3 == guest.own.root
 
 
 def test_two_roots_that_map_the_same_pages_are_two_views_of_one_machine():

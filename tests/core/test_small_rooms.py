@@ -9,7 +9,7 @@ from builders.machine import KERNEL, Guest
 from builders.paging import PAGE, HostRam
 from readers import memory_of
 
-from volatility3_ept.core import guestcpu, identify, machines, mask, nested, physaddr, ranges
+from volatility3_ept.core import guestcpu, identify, mask, nested, physaddr, ranges, search
 from volatility3_ept.core.memory import HostMemory
 from volatility3_ept.core.root import Root
 from volatility3_ept.spec import ia32e
@@ -109,7 +109,7 @@ def one():
     """A host with one EPT guest, its memory, and the machine that was found."""
     ram, (guest,) = machine.host(paging.EPT_4)
     memory = memory_of(ram)
-    (found,) = machines.discover(memory).machines
+    (found,) = search.discover(memory).machines
     return guest, memory, found
 
 
@@ -142,6 +142,6 @@ def test_rights_are_the_and_of_both_dimensions():
     guest.tables.map(guest.kernel_gpa, guest.placed[guest.kernel_gpa], bits=0x35)  # R and X
     guest.vcpu()
     memory = memory_of(ram)
-    (found,) = machines.discover(memory).machines
+    (found,) = search.discover(memory).machines
     result = nested.walk(memory, found.root, found.memory, ia32e.four_level(), guest.own.root, KERNEL)
     assert result.access.letters() == "R-X"

@@ -35,11 +35,18 @@ class Candidate:
     evidence: tuple[Criterion, ...]
     accepted: bool
     recovery: Recovery | None = None
+    #: CR3 of some address space of the guest, where it is known without a control structure.
+    guest_cr3: int | None = None
 
     @property
     def whole(self) -> GuestMap:
         """What EPT or NPT maps, and what was recovered beside it."""
         return self.recovery.guest_map if self.recovery else self.guest_map
+
+    @property
+    def by_structure(self) -> bool:
+        """Tell whether the page tables alone would have given this root away."""
+        return any(item.name == "page tables alone" for item in self.evidence)
 
     @property
     def strength(self) -> tuple[bool, int, int]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 #: Change it when the meaning of a field changes: an index of another format is not read.
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -20,13 +20,15 @@ class Index:
 
     ``structures``: pages that were examined as VMCS or VMCB. ``pages``: how many were searched. ``systems``: what runs
     behind each root, by its name; ``slots``: the memory slots in its VMM's address space, as text, none where no VMM
-    was found. ``notes``: what the search said it had cut short.
+    was found. ``found``: the roots that page tables alone gave in the capture (empty name) and in each machine, as
+    rows that :mod:`.structural` reads. ``notes``: what the search said it had cut short.
     """
 
     structures: tuple[int, ...] = ()
     pages: int = 0
     systems: Mapping[str, str] = field(default_factory=dict)
     slots: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    found: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def to_json(self, key: str) -> str:
@@ -39,6 +41,7 @@ class Index:
                 "pages": self.pages,
                 "systems": dict(self.systems),
                 "slots": dict(self.slots),
+                "found": dict(self.found),
                 "notes": list(self.notes),
             }
         )
@@ -52,20 +55,24 @@ class Index:
             return None
         if not isinstance(data, dict) or data.get("format") != FORMAT or data.get("key") != key:
             return None
-        structures, pages, systems, slots, notes = (
-            data.get(name) for name in ("structures", "pages", "systems", "slots", "notes")
-        )
+        structures, pages, systems, notes = (data.get(name) for name in ("structures", "pages", "systems", "notes"))
+        slots, found = _lists(data.get("slots")), _lists(data.get("found"))
         if not isinstance(structures, list) or not all(
             type(item) is int and 0 <= item < 1 << 52 for item in structures
         ):
             return None
-        if type(pages) is not int or not isinstance(systems, dict) or not isinstance(slots, dict):
+        if type(pages) is not int or not isinstance(systems, dict) or not _texts([*systems, *systems.values()]):
             return None
-        if not _texts([*systems, *systems.values()]) or not all(_texts(item) for item in slots.values()):
+        if slots is None or found is None or not isinstance(notes, list) or not _texts(notes):
             return None
-        if not isinstance(notes, list) or not _texts(notes):
-            return None
-        return cls(tuple(structures), pages, systems, {name: tuple(item) for name, item in slots.items()}, tuple(notes))
+        return cls(tuple(structures), pages, systems, slots, found, tuple(notes))
+
+
+def _lists(value: object) -> dict[str, tuple[str, ...]] | None:
+    """Return a mapping of names to texts, None when it is something else."""
+    if not isinstance(value, dict) or not all(_texts(item) for item in value.values()):
+        return None
+    return {str(name): tuple(item) for name, item in value.items()}
 
 
 def _texts(value: object) -> bool:

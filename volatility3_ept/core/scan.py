@@ -9,7 +9,7 @@ import numpy as np
 
 from volatility3_ept.core import vmcb, vmcs
 from volatility3_ept.core.control import ControlStructure, Verdict
-from volatility3_ept.core.memory import HostMemory
+from volatility3_ept.core.memory import HostMemory, Int64, Words
 from volatility3_ept.spec import bits
 
 #: Called now and then with a percentage and what is being done.
@@ -39,9 +39,15 @@ def silent(percentage: float, what: str) -> None:
 
 
 def control_structures(
-    memory: HostMemory, physical_bits: int = bits.MAX_PHYSICAL_BITS, progress: Progress = silent
+    memory: HostMemory,
+    physical_bits: int = bits.MAX_PHYSICAL_BITS,
+    progress: Progress = silent,
+    also: Callable[[Int64, Words], None] | None = None,
 ) -> ScanResult:
-    """Return every page that is, or may be, a VMCS or VMCB; ``physical_bits`` is MAXPHYADDR."""
+    """Return every page that is, or may be, a VMCS or VMCB; ``physical_bits`` is MAXPHYADDR.
+
+    ``also`` sees the same pages, with their addresses: the memory is read once.
+    """
     pages = 0
     total = max(memory.size // bits.PAGE_SIZE, 1)
     found: list[tuple[int, object]] = []
@@ -50,8 +56,10 @@ def control_structures(
         for candidates, examine in kinds:
             hits = np.flatnonzero(candidates(rows))
             found += [(address + bits.PAGE_SIZE * row, examine) for row in hits.tolist()]
+        if also is not None:
+            also(address + bits.PAGE_SIZE * np.arange(len(rows), dtype=np.int64), rows)
         pages += len(rows)
-        progress(100 * pages / total, "Looking for VMCS and VMCB pages")
+        progress(100 * pages / total, "Looking for control structures and page tables")
     notes: tuple[str, ...] = ()
     if len(found) > MAX_CANDIDATES:
         notes = (f"{len(found)} pages look like control structures; the first {MAX_CANDIDATES} were examined",)

@@ -40,11 +40,11 @@ class Opened:
 
     def discover(self, config: Mapping[str, Any], progress: Callable[[float, str], Any] | None = None) -> Discovery:
         """Return the machines in it, from an earlier search where there is one. Notes and near misses go to the log."""
-        from volatility3_ept.core import machines, scan
+        from volatility3_ept.core import scan, search
 
         known = indexing.load(self.key) if self.key else None
         recover = not config.get("no_recovery", False)
-        found = machines.discover(self.memory, physical_bits(config), progress or scan.silent, known, recover)
+        found = search.discover(self.memory, physical_bits(config), progress or scan.silent, known, recover)
         if self.key and found.index != known:
             indexing.save(self.key, found.index)
         for note in found.notes:

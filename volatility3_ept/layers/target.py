@@ -30,13 +30,14 @@ class Target:
 
 def given_root(config: Mapping[str, Any]) -> str | None:
     """Return the root that ``--eptp``, ``--ncr3`` or ``--guest eptp=...`` names, as text."""
-    guest = config.get("guest", None)
-    given = [f"{name}={config.get(name)}" for name in ("eptp", "ncr3") if config.get(name, None) is not None] + (
-        [guest] if guest is not None else []
-    )
+    given = {name: config.get(name) for name in ("eptp", "ncr3", "guest") if config.get(name, None) is not None}
     if len(given) > 1:
-        raise errors.GuestError(f"{' and '.join(given)}: give one of --guest, --eptp and --ncr3")
-    return given[0] if given and "=" in given[0] else None
+        both = " and ".join(f"--{name} {value}" for name, value in given.items())
+        raise errors.GuestError(f"{both}: give one of them")
+    for name, value in given.items():
+        if name != "guest" or "=" in value:
+            return value if name == "guest" else f"{name}={value}"
+    return None
 
 
 def targets(
@@ -84,6 +85,9 @@ def _explicit(memory: HostMemory, text: str, config: Mapping[str, Any]) -> Targe
         raise errors.GuestError(f"{text}: the table at {root.address:#x} is not in the capture")
     root = root.resolved(memory)
     guest_map = root.traverse(memory)
+    findings = guest_map.findings
+    if not len(guest_map) and not len(findings.mmio) and not len(findings.unreadable):
+        raise errors.GuestError(f"{text}: the page at {root.address:#x} is no {root.kind} table: it maps nothing")
     return Target(str(root), root, memory, guest_map, guest_map.memory(memory), None)
 
 

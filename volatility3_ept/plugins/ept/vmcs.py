@@ -43,7 +43,7 @@ class Vmcs(options.SharedOptions, interfaces.plugins.PluginInterface):
             ("vCPU", int),
             ("Structure", str),
             ("Address", format_hints.Hex),
-            ("In", str),
+            ("Held in", str),
             ("Field", str),
             ("Offset", format_hints.Hex),
             ("Raw", format_hints.Hex),
