@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final, Literal
 
+from volatility3_ept.core.layouts import Layout
+
 Kind = Literal["VMCS", "VMCB"]
 
 #: Share of the judged weight that must hold.
@@ -67,6 +69,8 @@ class ControlStructure:
     evidence: tuple[Criterion, ...] = field(repr=False)
     #: The page itself.
     raw: bytes = field(default=b"", repr=False, compare=False)
+    #: The layout by name, for offsets.
+    table: Layout | None = field(default=None, repr=False, compare=False)
     #: Id of the machine in whose memory :attr:`hpa` is an address; empty for the capture itself.
     held_in: str = ""
 

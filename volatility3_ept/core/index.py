@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 #: Change it when the meaning of a field changes: an index of another format is not read.
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class Index:
     ``structures``: pages that were examined as VMCS or VMCB. ``pages``: how many were searched. ``systems``: what runs
     behind each root, by its name; ``slots``: the memory slots in its VMM's address space, as text, none where no VMM
     was found. ``found``: the roots that page tables alone gave in the capture (empty name) and in each machine, as
-    rows that :mod:`.structural` reads. ``notes``: what the search said it had cut short.
+    rows that :mod:`.structural` reads. ``inferred``: layouts of unknown processors, as :mod:`.unknown` keeps them.
+    ``notes``: what the search said it had cut short.
     """
 
     structures: tuple[int, ...] = ()
@@ -29,6 +30,7 @@ class Index:
     systems: Mapping[str, str] = field(default_factory=dict)
     slots: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     found: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    inferred: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def to_json(self, key: str) -> str:
@@ -42,6 +44,7 @@ class Index:
                 "systems": dict(self.systems),
                 "slots": dict(self.slots),
                 "found": dict(self.found),
+                "inferred": dict(self.inferred),
                 "notes": list(self.notes),
             }
         )
@@ -56,16 +59,16 @@ class Index:
         if not isinstance(data, dict) or data.get("format") != FORMAT or data.get("key") != key:
             return None
         structures, pages, systems, notes = (data.get(name) for name in ("structures", "pages", "systems", "notes"))
-        slots, found = _lists(data.get("slots")), _lists(data.get("found"))
+        slots, found, inferred = (_lists(data.get(name)) for name in ("slots", "found", "inferred"))
         if not isinstance(structures, list) or not all(
             type(item) is int and 0 <= item < 1 << 52 for item in structures
         ):
             return None
         if type(pages) is not int or not isinstance(systems, dict) or not _texts([*systems, *systems.values()]):
             return None
-        if slots is None or found is None or not isinstance(notes, list) or not _texts(notes):
+        if slots is None or found is None or inferred is None or not isinstance(notes, list) or not _texts(notes):
             return None
-        return cls(tuple(structures), pages, systems, slots, found, tuple(notes))
+        return cls(tuple(structures), pages, systems, slots, found, inferred, tuple(notes))
 
 
 def _lists(value: object) -> dict[str, tuple[str, ...]] | None:

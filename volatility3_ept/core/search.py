@@ -12,14 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from volatility3_ept.core import candidate as candidates
-from volatility3_ept.core import identify, kinship, roots, scan, structural
+from volatility3_ept.core import identify, kinship, roots, scan, structural, unknown
 from volatility3_ept.core.candidate import Candidate
 from volatility3_ept.core.control import ControlStructure
 from volatility3_ept.core.index import Index
 from volatility3_ept.core.likeness import Found
 from volatility3_ept.core.machines import Discovery, Machine, View
 from volatility3_ept.core.memory import HostMemory
-from volatility3_ept.core.root import Root
+from volatility3_ept.core.root import EPT, Root
 from volatility3_ept.core.roots import RootScan
 from volatility3_ept.core.scan import Progress
 from volatility3_ept.core.slots import Slot
@@ -78,17 +78,33 @@ def discover(
         result = scan.control_structures(memory, physical_bits, progress, finder.see)
         progress(100, "Judging the page tables found")
         found = search.keep("", memory, roots.judge(memory, finder.tops(), physical_bits))
+        inferred = _infer(memory, found, result, search)
     else:
         result = scan.again(memory, known.structures, known.pages, known.notes, physical_bits)
         found = search.structural("", memory)
+        inferred = dict(known.inferred)
     search.notes += result.notes
+    structures = [s for s in result.structures if s.has_root]
+    structures += unknown.structures(memory, inferred, physical_bits)
     progress(100, "Walking the page tables of the machines found")
-    machines = _level(memory, [s for s in result.structures if s.has_root], found, "", search)
+    machines = _level(memory, structures, found, "", search)
     without = tuple(s for s in result.structures if not s.has_root)
-    index = Index(result.examined, result.pages, search.systems, search.slots, search.found, result.notes)
+    index = Index(result.examined, result.pages, search.systems, search.slots, search.found, inferred, result.notes)
     return Discovery(
         tuple(machines), result.near_misses + without, tuple(search.rejected), tuple(search.notes), result.pages, index
     )
+
+
+def _infer(
+    memory: HostMemory, found: Sequence[Found], result: scan.ScanResult, search: _Search
+) -> dict[str, unknown.Kept]:
+    """Look for VMCSs of an unknown processor, if an EPT was found that no control structure names."""
+    named = {s.root_hpa for s in result.structures}
+    if all(item.root.kind != EPT or item.root.address in named for item in found):
+        return {}
+    inferred, notes = unknown.search(memory, found, result.examined)
+    search.notes += notes
+    return inferred
 
 
 def _level(

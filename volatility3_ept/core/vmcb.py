@@ -103,6 +103,7 @@ def examine(
         fields=values,
         evidence=vmcb_checks.judge(values, raw, limits),
         raw=raw,
+        table=vmcb_layout(),
     )
     return structure if structure.score >= _FLOOR and _is_runnable(structure) else None
 

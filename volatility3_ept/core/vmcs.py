@@ -143,6 +143,18 @@ def examine(
     return best if best is not None and best.score >= _FLOOR else None
 
 
+def examine_as(
+    layout: Layout,
+    page: bytes,
+    hpa: int,
+    maxphyaddr: int = bits.MAX_PHYSICAL_BITS,
+    physical_top: int | None = None,
+    present: Callable[[int], bool | None] | None = None,
+) -> ControlStructure:
+    """Judge one page as a VMCS under one layout, whatever else it may be; arguments as for :func:`examine`."""
+    return _account(page, hpa, layout, Limits(maxphyaddr, physical_top, present))
+
+
 def _account(raw: bytes, hpa: int, layout: Layout, limits: Limits) -> ControlStructure:
     header = int.from_bytes(raw[:4], "little")
     values = _architectural(layout, raw)
@@ -160,6 +172,7 @@ def _account(raw: bytes, hpa: int, layout: Layout, limits: Limits) -> ControlStr
         fields=values,
         evidence=vmcs_checks.judge(values, layout, limits),
         raw=raw,
+        table=layout,
     )
 
 

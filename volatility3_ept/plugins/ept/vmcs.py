@@ -54,15 +54,13 @@ class Vmcs(options.SharedOptions, interfaces.plugins.PluginInterface):
         )
 
     def _generator(self, found: list[target.Target]) -> Iterator[tuple[int, tuple[Any, ...]]]:
-        from volatility3_ept.core import layouts
         from volatility3_ept.spec import describe
 
         words = [word.upper() for word in self.config.get("field", None) or []]
-        by_name = {layout.name: layout for layout in (*layouts.load_layouts(), layouts.vmcb_layout())}
         for chosen in found:
             for number, vcpu in enumerate(chosen.machine.vcpus if chosen.machine else ()):
-                layout = by_name[vcpu.layout]
-                for name, field in sorted(layout.fields.items(), key=lambda item: item[1].offset):
+                fields = vcpu.table.fields if vcpu.table else {}
+                for name, field in sorted(fields.items(), key=lambda item: item[1].offset):
                     value = vcpu.fields.get(name, 0)
                     if (words and not any(word in name for word in words)) or not (
                         value or words or self.config["all"]
