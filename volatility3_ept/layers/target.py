@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Target:
-    """A machine to work on. ``machine`` is None for a root that the user gave; ``below`` holds its tables."""
+    """A machine to work on. ``machine`` is None for a root that the user gave; ``below`` holds its tables.
+
+    ``found`` is the search that gave the machine.
+    """
 
     id: str
     root: Root
@@ -26,6 +29,7 @@ class Target:
     guest_map: GuestMap
     memory: HostMemory
     machine: Machine | None
+    found: Discovery | None = None
 
 
 def given_root(config: Mapping[str, Any]) -> str | None:
@@ -74,7 +78,7 @@ def only(found: list[Target], what: str) -> Target:
 def _target(memory: HostMemory, found: Discovery, machine: Machine) -> Target:
     parent = found.find(machine.tables_in) if machine.tables_in else None
     below = parent.memory if parent else memory
-    return Target(machine.id, machine.root, below, machine.guest_map, machine.memory, machine)
+    return Target(machine.id, machine.root, below, machine.guest_map, machine.memory, machine, found)
 
 
 def _explicit(memory: HostMemory, text: str, config: Mapping[str, Any]) -> Target:
