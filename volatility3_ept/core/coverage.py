@@ -85,6 +85,10 @@ class Coverage:
         np.add.at(sums, self.fates, self.lengths)
         return dict(zip(_FATES, sums.tolist(), strict=True))
 
+    def count(self, fate: Fate) -> int:
+        """Return the number of ranges of one fate."""
+        return int((self.fates == _FATES.index(fate)).sum())
+
     def find(self, gpa: int) -> Fate | None:
         """Return what became of the page at one address; None above the guest's memory."""
         index = int(np.searchsorted(self.gpas, gpa, side="right")) - 1
