@@ -49,7 +49,7 @@ def rows_to_found(rows: Iterable[str], memory: HostMemory) -> tuple[Found, ...] 
 
 def candidate(found: Found, memory: HostMemory) -> Candidate:
     """Return a root as a candidate without control structures."""
-    verdict = Criterion("page tables alone", True, f"{found.certainty}: no control structure was needed", 3)
+    verdict = Criterion("page tables alone", True, f"{found.certainty}, without any control structure", 3)
     return Candidate(
         found.root,
         (),

@@ -10,20 +10,15 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from volatility3 import framework
-from volatility3.framework import constants, contexts, exceptions, interfaces
-from volatility3.framework.automagic import stacker as vol_stacker
+from volatility3.framework import constants, exceptions, interfaces
 from volatility3.framework.layers import intel
 
-from volatility3_ept.layers import host, runs
+from volatility3_ept.layers import host, runs, stacking
 
 if TYPE_CHECKING:
     from volatility3_ept.core.machines import Discovery
 
 vollog = logging.getLogger(__name__)
-
-#: Operating-system stackers have higher orders than every file format's and than ours.
-_FIRST_OS_ORDER = 31
 
 
 def warn(
@@ -36,20 +31,8 @@ def warn(
     base = host.physical_layer(context, layer_name)
     if isinstance(context.layers[base], runs.RunsLayer):
         return False
-    # Not a clone: some of Volatility's layers (QEMU's) cannot be copied, and nothing in them changes.
-    copy = contexts.Context()
-    for name in context.layers:
-        copy.add_layer(context.layers[name])
-    stackers = sorted(
-        (
-            item
-            for item in framework.class_subclasses(interfaces.automagic.StackerLayerInterface)
-            if item.stack_order >= _FIRST_OS_ORDER
-        ),
-        key=lambda item: item.stack_order,
-    )
-    chosen = vol_stacker.LayerStacker.stack_layer(copy, base, stackers, progress_callback)[0]
-    layer = copy.layers[chosen]
+    copy = stacking.copied(context)
+    layer = stacking.with_system(copy, base, progress_callback)
     if not isinstance(layer, intel.Intel):
         return False
     why = _misled(copy, layer, found)

@@ -11,11 +11,12 @@ from volatility3.framework.configuration import requirements
 from volatility3.framework.renderers import format_hints
 
 import volatility3_ept.automagic  # noqa: F401  (registers --guest)
-from volatility3_ept.layers import discovery, hostcheck, options
+from volatility3_ept.layers import discovery, errors, folder, hostcheck, options, saving
 from volatility3_ept.layers.hints import Bytes
 
 if TYPE_CHECKING:
-    from volatility3_ept.core.machines import Machine
+    from volatility3_ept.core.machines import Discovery, Machine
+    from volatility3_ept.core.memory import HostMemory
 
 vollog = logging.getLogger(__name__)
 
@@ -36,9 +37,19 @@ class Scan(options.SharedOptions, interfaces.plugins.PluginInterface):
                 description="Do not check which kernel Volatility takes for the host's (faster)",
                 optional=True,
             ),
+            requirements.StringRequirement(
+                name="save",
+                description="Folder (within -o) for one configuration per machine, for vol -c without any search",
+                optional=True,
+            ),
+            requirements.BooleanRequirement(
+                name="overwrite", description="Replace configurations that exist already", optional=True
+            ),
         ]
 
-    def _generator(self, shown: list[Machine]) -> Iterator[tuple[int, tuple[Any, ...]]]:
+    def _generator(
+        self, shown: list[Machine], memory: HostMemory, found: Discovery
+    ) -> Iterator[tuple[int, tuple[Any, ...]]]:
         base = shown[0].depth if shown else 0
         for machine in shown:
             yield (
@@ -52,9 +63,30 @@ class Scan(options.SharedOptions, interfaces.plugins.PluginInterface):
                     Bytes(machine.guest_map.mapped_bytes),
                     machine.system,
                     machine.found_by,
-                    "; ".join([*map(str, machine.evidence), *(f"? also mapped by: {view}" for view in machine.views)]),
+                    "; ".join(_evidence(machine, memory, found)),
                 ),
             )
+
+    def _save(self, memory: HostMemory, found: Discovery, shown: list[Machine], name: str) -> None:
+        """Write one configuration for each machine that is shown; EptError with one line when that is not possible."""
+        from volatility3_ept.export.output import Output, OutputError
+
+        target = folder.inside(folder.output(self), name, "--save")
+        overwrite = bool(self.config.get("overwrite", False))
+        texts = {
+            f"guest-{machine.id}.json": saving.configuration(
+                self.context, self.config["primary"], memory, found, machine.id, self._progress_callback
+            )
+            for machine in shown
+        }
+        try:
+            target.mkdir(parents=True, exist_ok=True)
+            for file, text in texts.items():
+                with Output(target, file, overwrite) as output:
+                    output.write(text.encode())
+                    output.publish()
+        except (OSError, OutputError) as error:
+            raise errors.EptError(f"--save {name}: {error}") from None
 
     def run(self) -> renderers.TreeGrid:
         """Return one row per machine. The search comes first: an error then stands alone, without a table's head."""
@@ -66,6 +98,8 @@ class Scan(options.SharedOptions, interfaces.plugins.PluginInterface):
             vollog.warning("No virtual machine was found in %d pages (-vv shows what was not believed)", found.pages)
         elif not self.config.get("no_host_check", False):
             hostcheck.warn(self.context, self.config["primary"], found, self._progress_callback)
+        if self.config.get("save", None) is not None:
+            self._save(capture.memory, found, shown, self.config["save"])
         columns = [
             ("Machine", str),
             ("Kind", str),
@@ -77,4 +111,15 @@ class Scan(options.SharedOptions, interfaces.plugins.PluginInterface):
             ("Found by", str),
             ("Evidence", str),
         ]
-        return renderers.TreeGrid(columns, self._generator(shown))
+        return renderers.TreeGrid(columns, self._generator(shown, capture.memory, found))
+
+
+def _evidence(machine: Machine, memory: HostMemory, found: Discovery) -> Iterator[str]:
+    """Yield the criteria of a machine, what became of its memory, and its further views."""
+    from volatility3_ept.core import coverage, portrait
+
+    yield from map(str, machine.evidence)
+    parent = found.find(machine.tables_in) if machine.tables_in else None
+    covered = coverage.account(machine.guest_map, parent.memory if parent else memory, machine.recovery)
+    yield f"? memory: {portrait.summary(covered.totals())}"
+    yield from (f"? also mapped by: {view}" for view in machine.views)
