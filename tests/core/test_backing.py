@@ -16,7 +16,7 @@ from builders.vmm import CODE, DATA, NX, USER_4, USER_5, Guest, Host
 from hypothesis import strategies as st
 from readers import READERS, memory_of
 
-from volatility3_ept.core import backing, hosttables, leaves, machines, slots
+from volatility3_ept.core import backing, hosttables, leaves, search, slots
 from volatility3_ept.core.gpamap import GuestMap
 from volatility3_ept.core.memory import HostMemory
 from volatility3_ept.spec import ia32e
@@ -677,7 +677,7 @@ def test_a_nested_guest_in_recovered_memory(name):
     below, discovery = discovered.capture(name)
     outer = max(discovery.machines, key=lambda machine: machine.guest_map.mapped_bytes)
     middle = discovered.recovery(name, outer.id).guest_map.memory(below)
-    (machine,) = machines.discover(middle).machines
+    (machine,) = search.discover(middle).machines
     found = backing.recover(middle, machine.guest_map)
     (truth,) = [truth for truth in capture.guests if truth.facts["level"] == 3]
     with gzip.open(truth.folder / truth.facts["pages_in_parent_file"], "rt") as lines:
