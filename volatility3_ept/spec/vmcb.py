@@ -8,10 +8,12 @@ whole table is ``symbols/svm/amd_vmcb.json``; here are the fields that decisions
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import IntEnum, IntFlag
-from typing import Final, NamedTuple
+from typing import Final
 
 from volatility3_ept.spec.bits import bit, field
+from volatility3_ept.spec.segments import SegmentBits
 
 # Control area: byte offsets in the page.
 INTERCEPT_MISC2: Final = 0x10
@@ -218,30 +220,9 @@ def exit_name(code: int) -> str:
     return _Code(code).name if code in _Code._value2member_map_ else f"CODE_{code:#x}"
 
 
-class SegmentAttributes(NamedTuple):
+@dataclass(frozen=True)
+class SegmentAttributes(SegmentBits):
     """The 12 attribute bits of a segment in the save area: descriptor bits 55:52 and 47:40 put together."""
-
-    raw: int
-
-    @property
-    def type(self) -> int:
-        """Segment type, bits 3:0."""
-        return self.raw & 0xF
-
-    @property
-    def is_code_or_data(self) -> bool:
-        """Bit 4, S: clear for system segments."""
-        return bool(self.raw & bit(4))
-
-    @property
-    def dpl(self) -> int:
-        """Descriptor privilege level, bits 6:5."""
-        return self.raw >> 5 & 3
-
-    @property
-    def is_present(self) -> bool:
-        """Bit 7."""
-        return bool(self.raw & bit(7))
 
     @property
     def is_long(self) -> bool:

@@ -9,10 +9,12 @@ Where a field is kept depends on the processor (``symbols/vmcs``); which fields 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import Enum, IntEnum, IntFlag
 from typing import Final, NamedTuple
 
 from volatility3_ept.spec.bits import bit
+from volatility3_ept.spec.segments import SegmentBits
 
 #: Dword 0 of the region: the revision identifier, and bit 31, set in a shadow VMCS.
 REVISION_ID: Final = 0x7FFF_FFFF
@@ -231,30 +233,9 @@ class AccessRightsFormat(str, Enum):
         return stored
 
 
-class AccessRights(NamedTuple):
+@dataclass(frozen=True)
+class AccessRights(SegmentBits):
     """Segment access rights as VMREAD gives them (SDM Vol. 3C, "Format of Access Rights")."""
-
-    raw: int
-
-    @property
-    def type(self) -> int:
-        """Segment type, bits 3:0."""
-        return self.raw & 0xF
-
-    @property
-    def is_code_or_data(self) -> bool:
-        """Bit 4, S: clear for system segments."""
-        return bool(self.raw & bit(4))
-
-    @property
-    def dpl(self) -> int:
-        """Descriptor privilege level, bits 6:5."""
-        return self.raw >> 5 & 3
-
-    @property
-    def is_present(self) -> bool:
-        """Bit 7."""
-        return bool(self.raw & bit(7))
 
     @property
     def is_long(self) -> bool:
