@@ -7,6 +7,7 @@ low twelve bits are free.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
@@ -151,7 +152,13 @@ class GuestMap:
 
     def frame_ranges(self) -> tuple[Int64, Int64]:
         """Return the ranges ``(start, end)`` of the memory below that the guest uses, ascending and disjoint."""
-        return union(self.hpas, self.hpas + self.lengths)
+        return self._frame_ranges
+
+    @functools.cached_property
+    def _frame_ranges(self) -> tuple[Int64, Int64]:
+        """Kept: a search compares each guest with each other one, and to sort the frames of a large one takes long."""
+        hpas = self.hpas
+        return union(hpas, hpas + self.lengths)
 
     def memory(self, below: HostMemory) -> HostMemory:
         """Return the guest's physical memory over the memory that its frames are addresses of."""
@@ -162,7 +169,7 @@ def union(starts: Int64, ends: Int64) -> tuple[Int64, Int64]:
     """Return the union of half-open ranges as disjoint ascending ranges."""
     if not starts.size:
         return starts, ends
-    order = np.argsort(starts, kind="stable")
+    order = np.argsort(starts)
     starts, ends = starts[order], np.maximum.accumulate(ends[order])
     new = np.ones(starts.size, dtype=np.bool_)
     new[1:] = starts[1:] > ends[:-1]

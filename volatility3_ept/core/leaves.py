@@ -12,17 +12,17 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from volatility3_ept.core import gpamap
+from volatility3_ept.core import gpamap, mask
 from volatility3_ept.core.gpamap import Findings, GuestMap
-from volatility3_ept.core.memory import Bools, HostMemory, Int64, Words
+from volatility3_ept.core.memory import Bools, HostMemory, Int64, Words, join_runs
 from volatility3_ept.spec import dialect as dialects
 from volatility3_ept.spec.bits import PAGE_SIZE
 from volatility3_ept.spec.dialect import Dialect
 from volatility3_ept.spec.ept import EptFormat
 from volatility3_ept.spec.paging import Access, EntryKind, Format, Level
 
-#: Tables that are read and classified together: 8 MiB of entries.
-CHUNK_TABLES = 2048
+#: Tables that are read and classified together: 1 MiB of entries, so that the arrays made of them stay in the cache.
+CHUNK_TABLES = 256
 #: References of one level to tables that it names already. A hypervisor makes few; each costs up to 512 more below it.
 MAX_REPEATS = 1 << 12
 _SIZE_CODES = {size: code for code, size in enumerate(gpamap.SIZES)}
@@ -63,7 +63,7 @@ def traverse(memory: HostMemory, fmt: Format, root: int, dialect: Dialect | None
     frontier = _Frontier(one, np.zeros(1, dtype=np.int64), np.full(1, int(Access.ALL), dtype=np.int64))
     for level in fmt.levels:
         frontier = _bounded(frontier, seen, level, found)
-        seen = np.union1d(seen, frontier.tables)
+        seen = mask.distinct(np.concatenate((seen, frontier.tables)))
         found.tables += frontier.tables.size
         parts = [
             _chunk(memory, fmt, dialect, level, frontier, slice(i, i + CHUNK_TABLES), found)
@@ -116,7 +116,7 @@ def infer_dialect(memory: HostMemory, fmt: Format, root: int, sample: int = 64) 
         xen += int((~has_bit11 & ((entries >> np.uint64(58)) & np.uint64(0xF) != 0)).sum())
         emulated += int(((entries >> np.uint64(52)) & np.uint64(1)).sum())
         leaf = np.asarray(fmt.is_leaf(entries, level))
-        tables = np.unique(fmt.table(entries[~leaf])).astype(np.int64)
+        tables = mask.distinct(np.asarray(fmt.table(entries[~leaf])).astype(np.int64))
         if not tables.size:
             break
     return dialects.infer(isinstance(fmt, EptFormat), total, bit11, xen, emulated)
@@ -161,17 +161,16 @@ def _chunk(
         span = level.page_size * level.entries
         missing = np.flatnonzero(~good)
         found.unreadable.append(_rows(bases[missing], span, frontier.tables[part][missing]))
-    rows, columns = np.nonzero(words)
-    entries = words[rows, columns]
-    gpas = bases[rows] + (columns.astype(np.int64) << level.shift)
+    entries, rows, gpas = _used(words, bases, level)
     kinds, restored, states = dialect.kind(fmt, entries, level, gpas.astype(np.uint64))
     access = above[rows] & np.asarray(fmt.rights(restored, level)).astype(np.int64)
     for wanted, target in ((EntryKind.MMIO, found.mmio), (EntryKind.MISCONFIGURED, found.misconfigured)):
         odd = kinds == int(wanted)
         if odd.any():
             target.append(_rows(gpas[odd], level.page_size, entries[odd].astype(np.int64)))
-    leaf = kinds == int(EntryKind.LEAF)
-    if leaf.any():
+    is_leaf = kinds == int(EntryKind.LEAF)
+    if is_leaf.any():
+        leaf = slice(None) if is_leaf.all() else is_leaf
         attributes = (
             access[leaf]
             | np.asarray(fmt.memory_type(restored[leaf]) & np.uint64(7)).astype(np.int64) << gpamap.MEMORY_TYPE_SHIFT
@@ -179,24 +178,29 @@ def _chunk(
             | _SIZE_CODES[level.page_size] << gpamap.SIZE_SHIFT
         )
         frames = np.asarray(fmt.frame(restored[leaf], level)).astype(np.int64)
-        found.runs.append(_coalesce(gpas[leaf], np.full(frames.size, level.page_size), frames | attributes))
+        found.runs.append(join_runs(gpas[leaf], np.full(frames.size, level.page_size), frames | attributes))
     table = kinds == int(EntryKind.TABLE)
     return _Frontier(np.asarray(fmt.table(restored[table])).astype(np.int64), gpas[table], access[table])
+
+
+def _used(words: Words, bases: Int64, level: Level) -> tuple[Words, Int64, Int64]:
+    """Return the entries of some tables that are not zero, the row of each, and the address that it translates."""
+    flat = words.reshape(-1)
+    where = np.flatnonzero(flat)
+    entries = flat if where.size == flat.size else flat[where]
+    rows = where >> level.index_bits
+    return entries, rows, bases[rows] + ((where & (level.entries - 1)) << level.shift)
 
 
 def _rows(gpas: Int64, span: int, values: Int64) -> Int64:
     return np.stack([gpas, np.full(gpas.size, span, dtype=np.int64), values], axis=1)
 
 
-def _coalesce(gpas: Int64, lengths: Int64, words: Int64) -> tuple[Int64, Int64, Int64]:
-    """Join neighbours that are contiguous on both sides and share all attributes. ``gpas`` ascend."""
-    if gpas.size < 2:
-        return gpas, lengths, words
-    # Equal attributes cancel in the difference, so one comparison tests address and attributes together.
-    new = np.ones(gpas.size, dtype=np.bool_)
-    new[1:] = (np.diff(gpas) != lengths[:-1]) | (np.diff(words) != lengths[:-1])
-    first = np.flatnonzero(new)
-    return gpas[first], np.add.reduceat(lengths, first), words[first]
+def _emptied(parts: list[Int64]) -> Int64:
+    """Join arrays, and let go of them: of a large guest the runs take gigabytes, once."""
+    whole = np.concatenate(parts)
+    parts.clear()
+    return whole
 
 
 def _assemble(found: _Collected) -> GuestMap:
@@ -212,8 +216,10 @@ def _assemble(found: _Collected) -> GuestMap:
     empty: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
     if not found.runs:
         return GuestMap(empty, empty, empty, findings)
-    gpas, lengths, words = (np.concatenate([run[i] for run in found.runs]) for i in range(3))
-    if (np.diff(gpas) < 0).any():
+    parts = [list(column) for column in zip(*found.runs, strict=True)]
+    found.runs.clear()
+    gpas, lengths, words = (_emptied(part) for part in parts)
+    if (gpas[1:] < gpas[:-1]).any():
         order = np.argsort(gpas, kind="stable")
         gpas, lengths, words = gpas[order], lengths[order], words[order]
-    return GuestMap(*_coalesce(gpas, lengths, words), findings)
+    return GuestMap(*join_runs(gpas, lengths, words), findings)

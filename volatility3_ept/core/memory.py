@@ -8,6 +8,10 @@ Unreadable is not zero: a read that the capture cannot satisfy returns None.
 from __future__ import annotations
 
 import bisect
+import errno
+import functools
+import mmap
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
@@ -22,6 +26,14 @@ Words = npt.NDArray[np.uint64]
 Bools = npt.NDArray[np.bool_]
 
 WORDS_PER_PAGE = PAGE_SIZE // 8
+#: Rows of a table that are worked on together: what is made of them on the way stays small.
+_BLOCK = 1 << 18
+#: Extents of a sparse file that are told apart; what lies above the last counts as data.
+_MAX_EXTENTS = 1 << 18
+
+# The C library gives large blocks back to the system as they are freed, and each new one is paid for in page faults.
+# Once a block of nearly 32 MiB was freed, glibc keeps such memory: arrays made on the way then cost half as much.
+np.empty(31 << 20, dtype=np.uint8)
 
 
 class Source(Protocol):
@@ -36,20 +48,31 @@ class Source(Protocol):
     def block(self, offset: int, count: int) -> Words | None:
         """Return ``count`` pages that lie one behind the other as rows of 512 words, without a copy if possible."""
 
+    def extents(self) -> tuple[Int64, Int64] | None:
+        """Return the ranges ``(starts, ends)`` outside which every byte is zero, ascending; None: not known."""
+
+    def release(self, offset: int, length: int) -> None:
+        """Be told that these bytes were looked at and are not needed soon: they may leave the process's memory."""
+
 
 class FileSource:
     """A plain file, memory-mapped read-only; or bytes that are in memory already."""
 
     def __init__(self, data: Path | bytes | npt.NDArray[np.uint8]) -> None:
         """Map the file. An empty one has no bytes; OSError where it cannot be opened."""
-        if isinstance(data, Path):
-            size = data.stat().st_size
-            self._bytes: npt.NDArray[np.uint8] = (
-                np.memmap(data, dtype=np.uint8, mode="r") if size else np.empty(0, dtype=np.uint8)
-            )
-        else:
-            self._bytes = np.frombuffer(data, dtype=np.uint8) if isinstance(data, bytes) else data
+        self._given = data
+        self._map: mmap.mmap | None = None
+        if isinstance(data, Path) and data.stat().st_size:
+            with data.open("rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        whole = (self._map or b"") if isinstance(data, Path) else data
+        self._bytes = np.asarray(whole) if isinstance(whole, np.ndarray) else np.frombuffer(whole, dtype=np.uint8)
+        self._view = self._bytes.data
         self._rows: dict[int, Words] = {}
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Open the file again in another process, and never send what it holds."""
+        return FileSource, (self._given,)
 
     @property
     def size(self) -> int:
@@ -60,19 +83,58 @@ class FileSource:
         """Return ``length`` bytes from ``offset``; None beyond the end."""
         if offset < 0 or offset + length > self._bytes.size:
             return None
-        return self._bytes[offset : offset + length].tobytes()
+        if self._extents is not None and self._is_hole(offset, length):
+            return bytes(length)
+        return bytes(self._view[offset : offset + length])
+
+    def extents(self) -> tuple[Int64, Int64] | None:
+        """Return where a sparse file is no hole; None for a file without holes, and where nobody knows."""
+        return self._extents
+
+    @functools.cached_property
+    def _extents(self) -> tuple[Int64, Int64] | None:
+        if not isinstance(self._given, Path) or not hasattr(os, "SEEK_DATA"):
+            return None
+        with self._given.open("rb") as file:
+            if os.fstat(file.fileno()).st_blocks * 512 >= self._bytes.size:
+                return None
+            found = list(_find_extents(file.fileno(), int(self._bytes.size)))
+        table = np.array(found, dtype=np.int64).reshape(-1, 2)
+        return np.ascontiguousarray(table[:, 0]), np.ascontiguousarray(table[:, 1])
+
+    def _is_hole(self, offset: int, length: int) -> bool:
+        """Tell whether nothing is there. Read through the map, a hole would fill the page cache with zeros, slowly."""
+        starts, ends = self._extent_table
+        index = bisect.bisect_right(ends, offset)
+        return index == len(ends) or starts[index] >= offset + length
+
+    @functools.cached_property
+    def _extent_table(self) -> tuple[memoryview, memoryview]:
+        starts, ends = self._extents or (np.zeros(1, dtype=np.int64), np.array([self.size]))
+        return starts.data, ends.data
+
+    def release(self, offset: int, length: int) -> None:
+        """Let the kernel unmap the bytes; they stay in its page cache, and the map brings them back when asked."""
+        if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
+            begin = offset & -mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_DONTNEED, begin, min(offset + length, self._bytes.size) - begin)
 
     def pages(self, offsets: Int64) -> tuple[Words, Bools]:
         """Gather pages at any offsets. Those that agree modulo 4096 are taken by one index operation."""
         good = (offsets >= 0) & (offsets + PAGE_SIZE <= self._bytes.size)
-        if offsets.size == 0 or not good.any():
+        wanted = good
+        if self._extents is not None:
+            starts, ends = self._extents
+            index = np.searchsorted(ends, offsets, side="right")
+            wanted = good & (np.append(starts, self._bytes.size)[index] < offsets + PAGE_SIZE)
+        if offsets.size == 0 or not wanted.any():
             return np.zeros((offsets.size, WORDS_PER_PAGE), dtype=np.uint64), good
         phases = offsets & (PAGE_SIZE - 1)
-        if good.all() and (phases == phases[0]).all():
+        if wanted.all() and (phases == phases[0]).all():
             return self._phase(int(phases[0]))[offsets >> PAGE_SHIFT], good
         out = np.zeros((offsets.size, WORDS_PER_PAGE), dtype=np.uint64)
-        for phase in np.unique(phases[good]):
-            chosen = good & (phases == phase)
+        for phase in np.unique(phases[wanted]):
+            chosen = wanted & (phases == phase)
             out[chosen] = self._phase(int(phase))[offsets[chosen] >> PAGE_SHIFT]
         return out, good
 
@@ -90,6 +152,24 @@ class FileSource:
             body = self._bytes[phase : phase + (count << PAGE_SHIFT)]
             self._rows[phase] = body.view(np.uint64).reshape(count, WORDS_PER_PAGE)
         return self._rows[phase]
+
+
+def _find_extents(descriptor: int, size: int) -> Iterator[tuple[int, int]]:
+    """Yield the ranges of a file that are not holes."""
+    end = 0
+    for _ in range(_MAX_EXTENTS):
+        try:
+            start = os.lseek(descriptor, end, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno != errno.ENXIO:  # The file system does not say; ENXIO: nothing but a hole is left.
+                yield end, size
+            return
+        if start >= size:
+            return
+        end = min(os.lseek(descriptor, start, os.SEEK_HOLE), size)
+        yield start, end
+    if end < size:
+        yield end, size
 
 
 class ReaderSource:
@@ -119,6 +199,13 @@ class ReaderSource:
         data = self._reader(offset, count * PAGE_SIZE)
         return None if data is None else np.frombuffer(data, dtype=np.uint64).reshape(count, WORDS_PER_PAGE)
 
+    def extents(self) -> tuple[Int64, Int64] | None:
+        """A decoding layer does not say."""
+        return None
+
+    def release(self, offset: int, length: int) -> None:
+        """Nothing is kept."""
+
 
 class HostMemory:
     """Segments of physical memory over a source. Immutable.
@@ -133,7 +220,9 @@ class HostMemory:
         self.starts = np.ascontiguousarray(starts, dtype=np.int64)
         self.lengths = np.ascontiguousarray(lengths, dtype=np.int64)
         self.offsets = np.ascontiguousarray(offsets, dtype=np.int64)
-        if self.starts.size and (self.starts[1:] < (self.starts + self.lengths)[:-1]).any():
+        # Views that give plain integers: a single look-up is several times as fast through them.
+        self._table = (self.starts.data, self.lengths.data, self.offsets.data)
+        if any((self.starts[b] - self.starts[a] < self.lengths[a]).any() for a, b in _neighbours(self.starts.size)):
             raise ValueError("physical memory segments overlap or are out of order")
 
     @classmethod
@@ -153,6 +242,10 @@ class HostMemory:
         table = np.array(sorted(s for s in segments if s[1] > 0), dtype=np.int64).reshape(-1, 3)
         return cls(source, table[:, 0], table[:, 1], table[:, 2])
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Make it anew from its tables in another process."""
+        return HostMemory, (self.source, self.starts, self.lengths, self.offsets)
+
     def __deepcopy__(self, memo: dict[int, object]) -> HostMemory:
         """Return itself: nothing in it changes, and Volatility copies whole contexts."""
         return self
@@ -169,33 +262,46 @@ class HostMemory:
 
     def _segment(self, address: int) -> int:
         """Return the index of the segment that holds ``address``, or -1."""
-        index = int(bisect.bisect_right(self.starts, address)) - 1
-        if index < 0 or address >= int(self.starts[index]) + int(self.lengths[index]):
-            return -1
-        return index
+        starts, lengths, _ = self._table
+        index = bisect.bisect_right(starts, address) - 1
+        return index if index >= 0 and address < starts[index] + lengths[index] else -1
 
     def __contains__(self, address: int) -> bool:
         """Tell whether the byte at a physical address is in the capture."""
         return self._segment(address) >= 0
 
+    def holds(self, address: int, length: int) -> bool:
+        """Tell whether all bytes of a range are present."""
+        starts, lengths, _ = self._table
+        end = address + length
+        while address < end:
+            index = self._segment(address)
+            if index < 0:
+                return False
+            address = starts[index] + lengths[index]
+        return True
+
     def read(self, address: int, length: int) -> bytes | None:
         """Return exactly ``length`` bytes at a physical address, or None when any of them is not there."""
+        starts, lengths, offsets = self._table
         parts: list[bytes] = []
         while length > 0:
             index = self._segment(address)
             if index < 0:
                 return None
-            within = address - int(self.starts[index])
-            take = min(length, int(self.lengths[index]) - within)
-            part = self.source.read(int(self.offsets[index]) + within, take)
+            within = address - starts[index]
+            take = min(length, lengths[index] - within)
+            part = self.source.read(offsets[index] + within, take)
             if part is None:
                 return None
+            if take == length and not parts:
+                return part
             parts.append(part)
             address += take
             length -= take
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        return b"".join(parts)
 
-    def locate(self, addresses: Int64, length: int = PAGE_SIZE) -> Int64:
+    def locate(self, addresses: Int64, length: int | Int64 = PAGE_SIZE) -> Int64:
         """Return the source offsets of these addresses, -1 where the ``length`` bytes there are not one piece."""
         if not self.starts.size:
             return np.full(addresses.shape, -1, dtype=np.int64)
@@ -222,14 +328,31 @@ class HostMemory:
                 good[row] = True
         return out, good
 
+    @functools.cached_property
+    def written(self) -> HostMemory:
+        """The same memory without the holes of a sparse capture: whole pages that are zeros because nothing is there.
+
+        Holes are memory, and read as zeros; a search need not look at them.
+        """
+        extents = self.source.extents()
+        if extents is None or not self.starts.size:
+            return self
+        starts, ends = extents
+        # A page may begin anywhere in the file: one that is partly in a hole is kept whole.
+        starts, ends = np.maximum(starts - PAGE_SIZE + 1, 0), ends + PAGE_SIZE - 1
+        new = np.ones(starts.size, dtype=np.bool_)
+        new[1:] = starts[1:] > ends[:-1]
+        starts, ends = starts[new], ends[np.roll(new, -1)]
+        return HostMemory(self.source, starts, ends - starts, starts).remap(self.starts, self.lengths, self.offsets)
+
     def blocks(self, max_pages: int = 4096) -> Iterator[tuple[int, Words]]:
         """Yield all whole, aligned pages in ascending order as ``(address of the first, uint64[n, 512])``.
 
-        Rows may be a view of the mapped file. A block that cannot be read is split, and its bad pages left out.
+        Rows may be a view of the mapped file. A block that cannot be read is split, and its bad pages left out, as are
+        the holes of a sparse file.
         """
-        for start, length, offset in zip(
-            self.starts.tolist(), self.lengths.tolist(), self.offsets.tolist(), strict=True
-        ):
+        memory = self.written
+        for start, length, offset in zip(*memory._table, strict=True):
             skip = -start % PAGE_SIZE
             first, count = start + skip, (length - skip) >> PAGE_SHIFT
             for page in range(0, count, max_pages):
@@ -238,6 +361,7 @@ class HostMemory:
                 block = self.source.block(offset + skip + where, take)
                 if block is not None:
                     yield first + where, block
+                    self.source.release(offset + skip + where, take * PAGE_SIZE)
                 else:
                     yield from self._page_by_page(first + where, take)
 
@@ -253,9 +377,18 @@ class HostMemory:
         What this memory lacks, the guest's lacks too. Nothing is copied.
         """
         gpas, lengths, hpas = (np.asarray(a, dtype=np.int64) for a in (gpas, lengths, hpas))
-        if not self.starts.size or not gpas.size:
-            empty = np.empty(0, dtype=np.int64)
-            return HostMemory(self.source, empty, empty, empty)
+        offsets: Int64 = np.empty_like(hpas)
+        for part in _slices(hpas.size):
+            offsets[part] = self.locate(hpas[part], lengths[part])
+        if (offsets >= 0).all():
+            return HostMemory(self.source, *join_runs(gpas, lengths, offsets))
+        cut = [self._cut(gpas[part], lengths[part], hpas[part]) for part in _slices(hpas.size)]
+        return HostMemory(self.source, *join_runs(*(np.concatenate(column) for column in zip(*cut, strict=True))))
+
+    def _cut(self, gpas: Int64, lengths: Int64, hpas: Int64) -> tuple[Int64, Int64, Int64]:
+        """Return the pieces of some runs that lie in one segment each, as starts, lengths and source offsets."""
+        if not self.starts.size:
+            return gpas[:0], lengths[:0], hpas[:0]
         first = np.maximum(np.searchsorted(self.starts, hpas, side="right") - 1, 0)
         last = np.maximum(np.searchsorted(self.starts, hpas + lengths - 1, side="right") - 1, 0)
         count = last - first + 1
@@ -265,18 +398,31 @@ class HostMemory:
         high = np.minimum(hpas[run] + lengths[run], self.starts[segment] + self.lengths[segment])
         held = high > low
         run, segment, low, high = run[held], segment[held], low[held], high[held]
-        return HostMemory(
-            self.source,
-            *join_runs(gpas[run] + low - hpas[run], high - low, self.offsets[segment] + low - self.starts[segment]),
-        )
+        return gpas[run] + low - hpas[run], high - low, self.offsets[segment] + low - self.starts[segment]
+
+
+def _slices(count: int) -> Iterator[slice]:
+    """Yield the rows of a table in blocks."""
+    return (slice(begin, min(begin + _BLOCK, count)) for begin in range(0, count, _BLOCK))
+
+
+def _neighbours(count: int) -> Iterator[tuple[slice, slice]]:
+    """Yield all pairs of neighbouring rows of a table in blocks, as two slices of it."""
+    return ((part, slice(part.start + 1, part.stop + 1)) for part in _slices(count - 1))
 
 
 def join_runs(starts: Int64, lengths: Int64, targets: Int64) -> tuple[Int64, Int64, Int64]:
-    """Join neighbours that continue each other on both sides. ``starts`` must ascend."""
-    if starts.size < 2:
+    """Join neighbours that continue each other on both sides. ``starts`` must ascend.
+
+    Attributes in the low bits of ``targets`` are compared along with the addresses: equal ones cancel out.
+    """
+    new = np.ones(starts.size, dtype=np.bool_)
+    for this, after in _neighbours(starts.size):
+        step = lengths[this]
+        new[after] = (starts[after] - starts[this] != step) | (targets[after] - targets[this] != step)
+    if new.all():
         return starts, lengths, targets
-    new = np.empty(starts.size, dtype=np.bool_)
-    new[0] = True
-    new[1:] = (starts[1:] != starts[:-1] + lengths[:-1]) | (targets[1:] != targets[:-1] + lengths[:-1])
     first = np.flatnonzero(new)
-    return starts[first], np.add.reduceat(lengths, first), targets[first]
+    last = np.append(first[1:], starts.size) - 1
+    begins = starts[first]
+    return begins, starts[last] + lengths[last] - begins, targets[first]

@@ -35,7 +35,13 @@ _UPPER_HALF = WORDS_PER_PAGE // 2
 
 
 def pages_of(memory: HostMemory) -> Iterator[tuple[Int64, Words]]:
-    """Yield all whole pages as ``(addresses, uint64[n, 512])``; many small segments are gathered into one array."""
+    """Yield all whole pages as ``(addresses, uint64[n, 512])``; many small segments are gathered into one array.
+
+    The holes of a sparse capture are left out.
+    """
+    memory = memory.written
+    if not memory.starts.size:
+        return
     if memory.size >= _SMALL_SEGMENT * PAGE_SIZE * memory.starts.size:
         for first, rows in memory.blocks():
             yield first + PAGE_SIZE * np.arange(len(rows), dtype=np.int64), rows

@@ -77,7 +77,7 @@ class RunsLayer(linear.LinearlyMappedLayer):
 
     def is_valid(self, offset: int, length: int = 1) -> bool:
         """Tell whether all bytes of a range are present."""
-        return next(iter(self._gaps(offset, length)), None) is None
+        return self._runs.holds(offset, length)
 
     def _gaps(self, offset: int, length: int) -> Iterable[int]:
         """Yield the first address of each gap in a range."""
