@@ -119,6 +119,7 @@ def _level(
     ``found`` are the roots that page tables alone gave there.
     """
     judged = _judged(below, structures, search)
+    judged = _read_as_found(below, judged, found)
     search.rejected += [c for c in judged if not c.accepted]
     accepted = _with_structural(below, [c for c in judged if c.accepted], found, search)
     if search.recover:
@@ -169,6 +170,20 @@ def _judged(below: HostMemory, structures: Sequence[ControlStructure], search: _
         if readings:
             best.append(max(readings, key=lambda c: c.strength))
     return best
+
+
+def _read_as_found(below: HostMemory, judged: list[Candidate], found: Sequence[Found]) -> list[Candidate]:
+    """Judge a rejected root again in the dialect in which its tables alone were believed.
+
+    Where Xen asked for recalculation at the root, the author cannot be inferred from the entries.
+    """
+    authors = {item.root.address: item.root.dialect for item in found}
+    return [
+        candidates.judge(below, replace(c.root, dialect=authors[c.root.address]), c.structures)
+        if not c.accepted and authors.get(c.root.address, c.root.dialect) != c.root.dialect
+        else c
+        for c in judged
+    ]
 
 
 def _with_structural(
