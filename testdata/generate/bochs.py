@@ -70,9 +70,7 @@ LABEL host
 class Bochs:
     """A running Bochs; leaves its logs in ``directory``."""
 
-    def __init__(
-        self, directory: Path, kernel: Path, initramfs: Path, mib: int, model: str, append: str
-    ) -> None:
+    def __init__(self, directory: Path, kernel: Path, initramfs: Path, mib: int, model: str, append: str) -> None:
         """Start the machine from a CD with the kernel on it."""
         self.directory, self.mib = directory, mib
         self.serial, self.report = directory / "serial.txt", directory / "report.bin"

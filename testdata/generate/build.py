@@ -95,24 +95,20 @@ def npt(about: str, mib: int, *guests: Guest, **more: Any) -> Capture:
 
 def ept(about: str, mib: int, *guests: Guest, **more: Any) -> Capture:
     """Return a capture made under Bochs, with ``guest/vmm.c`` as the monitor."""
-    return Capture(
-        about, more.pop("slat", "ept"), "bochs", mib, guests, **{"model": "corei7_skylake_x", **more}
-    )
+    return Capture(about, more.pop("slat", "ept"), "bochs", mib, guests, **{"model": "corei7_skylake_x", **more})
 
 
 CAPTURES: dict[str, Capture] = {
     "npt-one": npt("one guest", 320, Guest("vm1", 96)),
     "npt-two": npt("two guests of different size", 448, Guest("vm1", 112), Guest("vm2", 80)),
-    "npt-nested": npt(
-        "KVM in KVM: a guest that runs a guest of its own", 448, Guest("vm1", 160, nested=True)
-    ),
+    "npt-nested": npt("KVM in KVM: a guest that runs a guest of its own", 448, Guest("vm1", 160, nested=True)),
     "none": npt("KVM is loaded, nothing runs", 256, sizes="no leaves"),
     "other-kernel": npt("the guest runs another kernel build", 448, Guest("vm1", 160, kernel=GENERIC)),
     "ept-two": ept(
         "two guests, the second running while the host is frozen",
         320,
-        Guest("vm1", 96, 8),
-        Guest("vm2", 88, 8, running=True),
+        Guest("vm1", 80, 8),
+        Guest("vm2", 80, running=True),
         model="corei7_haswell_4770",
     ),
     "ept-thp": ept("one guest, 2M and 4K leaves", 256, Guest("vm1", 80, 8)),
@@ -133,12 +129,7 @@ CAPTURES: dict[str, Capture] = {
         thp="never",
         sizes="4K leaves",
     ),
-    "ept-nested": ept(
-        "KVM in KVM: a guest that runs a guest of its own", 320, Guest("vm1", 112, nested=True)
-    ),
-    "npt-bochs": ept(
-        "one guest of guest/vmm.c on AMD's model", 256, Guest("vm1", 80, 8), slat="npt", model="ryzen"
-    ),
+    "ept-nested": ept("KVM in KVM: a guest that runs a guest of its own", 320, Guest("vm1", 112, nested=True)),
 }
 
 
@@ -223,13 +214,9 @@ def emulate(name: str, capture: Capture, work: Path, log: Log) -> tuple[Path, by
     host_append = f"{append} {capture.append}".strip()
     machine: qemu.Qemu | bochs.Bochs
     if on_qemu:
-        machine = qemu.Qemu(
-            directory, kernel.image, directory / "initrd.gz", capture.mib, capture.cpus, host_append
-        )
+        machine = qemu.Qemu(directory, kernel.image, directory / "initrd.gz", capture.mib, capture.cpus, host_append)
     else:
-        machine = bochs.Bochs(
-            directory, kernel.image, directory / "initrd.gz", capture.mib, capture.model, host_append
-        )
+        machine = bochs.Bochs(directory, kernel.image, directory / "initrd.gz", capture.mib, capture.model, host_append)
     try:
         if isinstance(machine, qemu.Qemu) and capture.guests:
             with log.step("boot to guests ready"):
@@ -426,9 +413,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description="Make memory images of hosts with virtual machines.")
     parser.add_argument("names", nargs="*", help="captures to make, or 'all'")
-    parser.add_argument(
-        "--work", type=Path, default=manifest.TESTDATA / "work", help="directory for work files"
-    )
+    parser.add_argument("--work", type=Path, default=manifest.TESTDATA / "work", help="directory for work files")
     parser.add_argument("--list", action="store_true", help="list the captures")
     args = parser.parse_args(argv)
     if args.list or not args.names:

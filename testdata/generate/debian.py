@@ -36,13 +36,9 @@ class MissingPackageError(RuntimeError):
 
 def run(*command: str | Path, cwd: Path | None = None) -> str:
     """Run a command and return what it prints; its complaint is part of the error."""
-    done = subprocess.run(
-        [str(part) for part in command], cwd=cwd, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(
-            f"{command[0]} failed ({done.returncode}): {done.stderr.strip() or done.stdout.strip()}"
-        )
+        raise RuntimeError(f"{command[0]} failed ({done.returncode}): {done.stderr.strip() or done.stdout.strip()}")
     return done.stdout
 
 
@@ -232,9 +228,7 @@ class Ingredients:
             files |= kernel.module_files(self.work)
         return initramfs(files)
 
-    def host(
-        self, kernel: Kernel, guests: Mapping[str, tuple[Kernel, bool]], conf: str, with_qemu: bool
-    ) -> bytes:
+    def host(self, kernel: Kernel, guests: Mapping[str, tuple[Kernel, bool]], conf: str, with_qemu: bool) -> bytes:
         """Return the initramfs of a host, with kernel and initramfs of its guests (kernel, nested?)."""
         files = self.base("host-init", "report", "vmm", "host_marker_a", "host_marker_b")
         files |= {"capture.conf": conf.encode()} | kernel.module_files(self.work)

@@ -72,9 +72,7 @@ class TooManySegmentsError(ValueError):
 def digests(raw: BinaryIO, region: Region) -> list[bytes]:
     """Return a digest of each page of ``region``."""
     raw.seek(region.raw_offset)
-    return [
-        hashlib.blake2b(raw.read(PAGE_SIZE), digest_size=16).digest() for _ in range(region.size // PAGE_SIZE)
-    ]
+    return [hashlib.blake2b(raw.read(PAGE_SIZE), digest_size=16).digest() for _ in range(region.size // PAGE_SIZE)]
 
 
 def repeats(pages: Sequence[bytes]) -> Iterator[tuple[int, int]]:
@@ -167,19 +165,14 @@ def headers(segments: Sequence[Segment]) -> bytes:
         raise TooManySegmentsError(f"{len(segments)} segments, at most {MAX_SEGMENTS} fit an ELF header")
     used = EHDR.size + PHDR.size * len(segments)
     data_offset = -(-used // PAGE_SIZE) * PAGE_SIZE
-    ehdr = EHDR.pack(
-        E_IDENT, ET_CORE, EM_X86_64, 1, 0, EHDR.size, 0, 0, EHDR.size, PHDR.size, len(segments), 0, 0, 0
-    )
+    ehdr = EHDR.pack(E_IDENT, ET_CORE, EM_X86_64, 1, 0, EHDR.size, 0, 0, EHDR.size, PHDR.size, len(segments), 0, 0, 0)
     phdrs = b"".join(
-        PHDR.pack(PT_LOAD, PF_RWX, data_offset + s.offset, 0, s.hpa, s.size, s.size, PAGE_SIZE)
-        for s in segments
+        PHDR.pack(PT_LOAD, PF_RWX, data_offset + s.offset, 0, s.hpa, s.size, s.size, PAGE_SIZE) for s in segments
     )
     return (ehdr + phdrs).ljust(data_offset, b"\0")
 
 
-def write(
-    raw: BinaryIO, out: BinaryIO, regions: Iterable[Region], min_run: int = DEFAULT_MIN_RUN
-) -> list[Segment]:
+def write(raw: BinaryIO, out: BinaryIO, regions: Iterable[Region], min_run: int = DEFAULT_MIN_RUN) -> list[Segment]:
     """Write the memory of ``regions`` (sorted by ``hpa``, whole pages) as an ELF core.
 
     Returns the segments, offsets counting from the end of the padded headers.
@@ -187,9 +180,7 @@ def write(
     regions = list(regions)
     for region in regions:
         if region.hpa % PAGE_SIZE or region.size % PAGE_SIZE or region.size <= 0:
-            raise ValueError(
-                f"region at {region.hpa:#x} of {region.size:#x} bytes is not made of whole pages"
-            )
+            raise ValueError(f"region at {region.hpa:#x} of {region.size:#x} bytes is not made of whole pages")
     packer = Packer(min_run)
     packer.add(regions, [digests(raw, region) for region in regions])
     out.write(headers(packer.segments))

@@ -28,9 +28,7 @@ class EmulatorError(RuntimeError):
 class Qemu:
     """A running QEMU; leaves its logs in ``directory``."""
 
-    def __init__(
-        self, directory: Path, kernel: Path, initramfs: Path, mib: int, cpus: int, append: str
-    ) -> None:
+    def __init__(self, directory: Path, kernel: Path, initramfs: Path, mib: int, cpus: int, append: str) -> None:
         """Start the machine."""
         self.directory, self.mib = directory, mib
         directory.mkdir(parents=True, exist_ok=True)

@@ -61,9 +61,7 @@ def processes(ps: str) -> list[Fields]:
 
 def kallsyms(lines: str) -> dict[str, str]:
     """Return the addresses of the symbols asked for."""
-    return {
-        name: f"0x{address}" for address, name in re.findall(r"^([0-9a-f]{16}) \w (\S+)", lines, re.MULTILINE)
-    }
+    return {name: f"0x{address}" for address, name in re.findall(r"^([0-9a-f]{16}) \w (\S+)", lines, re.MULTILINE)}
 
 
 def section(console: str, name: str) -> str:
@@ -313,9 +311,7 @@ def host_truth(found: Records, memory_bytes: int, cpus: list[Fields]) -> Fields:
         "processes": processes(text(found, "host.ps")),
         "kallsyms": kallsyms(text(found, "host.kallsyms")),
         "kvm_parameters": {f"{module}.{key}": value for module, key, value in parameters},
-        "iomem": [
-            line for line in text(found, "host.iomem").splitlines() if "RAM" in line or "Kernel" in line
-        ],
+        "iomem": [line for line in text(found, "host.iomem").splitlines() if "RAM" in line or "Kernel" in line],
         "cpus": cpus,
         "console": "host.console.txt",
     }

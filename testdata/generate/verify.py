@@ -75,9 +75,7 @@ class GuestMemory:
         return None if hpa is None else self.memory.page(hpa)
 
 
-def leaves(
-    memory: Memory | GuestMemory, slat: str, root: int, stats: Counter[str]
-) -> Iterator[tuple[int, int, int]]:
+def leaves(memory: Memory | GuestMemory, slat: str, root: int, stats: Counter[str]) -> Iterator[tuple[int, int, int]]:
     """Yield ``(gpa, hpa, size)`` of each leaf below ``root`` that leads to RAM; count the rest."""
     present = 0b111 if slat == "ept" else 0b1
     pending = [(root & FRAME, 39, 0)]
@@ -113,18 +111,14 @@ def truth_pages(path: Path) -> Iterator[tuple[int, int, str]]:
                 yield int(gpa, 16), int(frame, 16) * PAGE, sha256
 
 
-def check_guest(
-    memory: Memory, directory: Path, truth: dict[str, Any], guest: dict[str, Any]
-) -> dict[str, Any]:
+def check_guest(memory: Memory, directory: Path, truth: dict[str, Any], guest: dict[str, Any]) -> dict[str, Any]:
     """Compare one guest with its truth; the result holds counts and the pages out of the SLAT."""
     stats: Counter[str] = Counter()
     mapped: dict[int, int] = {}
     roots = {
         int(item["slat_root"], 16)
         for item in truth["control_structures"]
-        if item.get("guest") == guest["name"]
-        and item.get("role") in ("current", "shadow")
-        and item.get("slat_root")
+        if item.get("guest") == guest["name"] and item.get("role") in ("current", "shadow") and item.get("slat_root")
     }
     for root in roots:
         for gpa, hpa, size in leaves(memory, truth["slat"], root, stats):
@@ -174,9 +168,7 @@ def ranges(gpas: Sequence[int]) -> list[str]:
     return [f"{start:#x}-{end:#x}" for start, end in merged]
 
 
-def check_nested(
-    memory: Memory, directory: Path, truth: dict[str, Any], guest: dict[str, Any]
-) -> dict[str, int]:
+def check_nested(memory: Memory, directory: Path, truth: dict[str, Any], guest: dict[str, Any]) -> dict[str, int]:
     """Walk the SLAT that a guest keeps for its own guest, through the guest's page list."""
     counts: Counter[str] = Counter()
     for item in truth["control_structures"]:

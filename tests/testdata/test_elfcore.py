@@ -45,10 +45,7 @@ RAM = {
     "all distinct": b"".join(distinct(i) for i in range(40)),
     "all zero": bytes(40 * PAGE),
     "zeroes longer than an extent": bytes((2 * elfcore.EXTENT_PAGES + 3) * PAGE) + distinct(1),
-    "poison between": b"".join(distinct(i) for i in range(5))
-    + b"\xcc" * 30 * PAGE
-    + distinct(7)
-    + b"\xcc" * 9 * PAGE,
+    "poison between": b"".join(distinct(i) for i in range(5)) + b"\xcc" * 30 * PAGE + distinct(7) + b"\xcc" * 9 * PAGE,
     "a stretch twice": b"".join(distinct(i) for i in [*range(20), 77, *range(3, 12), 99, *range(15, 20)]),
     "a stretch that runs into poison": b"".join(
         distinct(i) for i in [0, 1, 2, 5, 5, 5, 5, 0, 1, 2, 5, 5, 8, 2, 5, 5, 5, 5, 5, 5]

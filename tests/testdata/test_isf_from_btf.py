@@ -39,9 +39,7 @@ class BtfWriter:
         return self.add(kind, name, size, items, len(items), flag)
 
     def data(self):
-        header = struct.pack(
-            "<HBBIIIII", 0xEB9F, 1, 0, 24, 0, len(self.types), len(self.types), len(self.strings)
-        )
+        header = struct.pack("<HBBIIIII", 0xEB9F, 1, 0, 24, 0, len(self.types), len(self.types), len(self.strings))
         return header + self.types + self.strings
 
 

@@ -44,9 +44,7 @@ def test_processes_with_blanks_in_their_names():
 
 def test_registers_of_the_small_monitor():
     line = "vm1: vcpu 0 rip=0xffffffff8c4102ab cr3=0x1e3e005 efer=0xd01\n"
-    assert truth.registers(line) == [
-        {"vcpu": 0, "rip": "0xffffffff8c4102ab", "cr3": "0x1e3e005", "efer": "0xd01"}
-    ]
+    assert truth.registers(line) == [{"vcpu": 0, "rip": "0xffffffff8c4102ab", "cr3": "0x1e3e005", "efer": "0xd01"}]
 
 
 def test_registers_of_qemu():
@@ -85,9 +83,7 @@ def test_the_address_of_a_modules_symbol():
 def test_an_initramfs_is_a_cpio_archive_with_directories_before_files():
     archive = gzip.decompress(debian.initramfs({"bin/sh": b"x" * 5, "init": b"#!/bin/sh\n"}))
     names = [part[104 - 6 :].split(b"\0")[0] for part in archive.split(b"070701")[1:]]
-    positions = [
-        archive.index(name) for name in (b"bin\0", b"dev\0", b"dev/console\0", b"bin/sh\0", b"TRAILER!!!")
-    ]
+    positions = [archive.index(name) for name in (b"bin\0", b"dev\0", b"dev/console\0", b"bin/sh\0", b"TRAILER!!!")]
     assert positions == sorted(positions)
     assert len(names) == 6
     assert len(archive) % 4 == 0
