@@ -6,6 +6,10 @@ import json
 
 import captures
 import pytest
+from builders import layouts
+from core import test_unknown
+
+from volatility3_ept.core import layouts as package_layouts
 
 
 @pytest.fixture(scope="module")
@@ -44,3 +48,21 @@ def test_nothing_is_replaced_and_nothing_written_elsewhere(vol, saved, real, nam
     assert "Traceback" not in result.err
     assert (saved / "cfg" / "guest-0.json").read_bytes() == before
     assert not (saved.parent / "elsewhere").exists()
+
+
+def test_an_inferred_layout_is_written_as_a_table_that_volatility_loads(vol, tmp_path):
+    ram, _, _ = test_unknown.host(layouts.processor(1))
+    path = tmp_path / "host.lime"
+    path.write_bytes(ram.lime())
+    rows = vol("-o", tmp_path, "-f", path, "-r", "json", "ept.vmcs", "--save-layouts", "tables").check().json
+    (table,) = (tmp_path / "tables").iterdir()
+    assert table.stem == next(row["Structure"] for row in rows).partition("(")[2].rstrip(")")
+    layout = package_layouts.parse_isf(table.stem, table.read_text())
+    assert layout.fields["EPTP"].offset == layouts.processor(1).fields["EPTP"][0]
+
+
+def test_without_an_unknown_processor_there_is_no_layout_to_save(vol, real, tmp_path):
+    result = vol("-o", tmp_path, "-f", real.path, "ept.vmcs", "--save-layouts", "tables")
+    assert result.status == 1
+    assert "no layout had to be inferred" in result.err
+    assert list(tmp_path.iterdir()) == []

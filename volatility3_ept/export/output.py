@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -107,3 +107,15 @@ class Output:
             yield
         except OSError as error:
             raise OutputError(f"{self.path}: {error.strerror or error}; nothing of it is left") from error
+
+
+def write_texts(folder: Path, texts: Mapping[str, str], overwrite: bool = False) -> None:
+    """Write text files, by name, into a folder, made where it is missing; OutputError with one line on failure."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder}: {error.strerror or error}") from error
+    for name, text in texts.items():
+        with Output(folder, name, overwrite) as output:
+            output.write(text.encode())
+            output.publish()

@@ -69,23 +69,18 @@ class Scan(options.SharedOptions, interfaces.plugins.PluginInterface):
 
     def _save(self, memory: HostMemory, found: Discovery, shown: list[Machine], name: str) -> None:
         """Write one configuration for each machine that is shown; EptError with one line when that is not possible."""
-        from volatility3_ept.export.output import Output, OutputError
+        from volatility3_ept.export import output
 
-        target = folder.inside(folder.output(self), name, "--save")
-        overwrite = bool(self.config.get("overwrite", False))
         texts = {
             f"guest-{machine.id}.json": saving.configuration(
                 self.context, self.config["primary"], memory, found, machine.id, self._progress_callback
             )
             for machine in shown
         }
+        target = folder.inside(folder.output(self), name, "--save")
         try:
-            target.mkdir(parents=True, exist_ok=True)
-            for file, text in texts.items():
-                with Output(target, file, overwrite) as output:
-                    output.write(text.encode())
-                    output.publish()
-        except (OSError, OutputError) as error:
+            output.write_texts(target, texts, bool(self.config.get("overwrite", False)))
+        except output.OutputError as error:
             raise errors.EptError(f"--save {name}: {error}") from None
 
     def run(self) -> renderers.TreeGrid:

@@ -10,7 +10,7 @@ from volatility3.framework.configuration import requirements
 from volatility3.framework.renderers import format_hints
 
 import volatility3_ept.automagic  # noqa: F401  (registers --guest)
-from volatility3_ept.layers import discovery, options, target
+from volatility3_ept.layers import discovery, errors, folder, options, target
 
 
 class Vmcs(options.SharedOptions, interfaces.plugins.PluginInterface):
@@ -28,6 +28,11 @@ class Vmcs(options.SharedOptions, interfaces.plugins.PluginInterface):
                 name="field",
                 description="Only fields whose name contains one of these words (EPTP, CR3, RIP, ...)",
                 element_type=str,
+                optional=True,
+            ),
+            requirements.StringRequirement(
+                name="save_layouts",
+                description="Folder (within -o) for the inferred layouts of unknown processors, as ISF tables",
                 optional=True,
             ),
             requirements.BooleanRequirement(
@@ -49,9 +54,28 @@ class Vmcs(options.SharedOptions, interfaces.plugins.PluginInterface):
             ("Raw", format_hints.Hex),
             ("Decoded", str),
         ]
-        return renderers.TreeGrid(
-            columns, self._generator(target.targets(capture, self.config, self._progress_callback))
-        )
+        found = target.targets(capture, self.config, self._progress_callback)
+        if self.config.get("save_layouts", None) is not None:
+            self._save_layouts(found, self.config["save_layouts"])
+        return renderers.TreeGrid(columns, self._generator(found))
+
+    def _save_layouts(self, found: list[target.Target], name: str) -> None:
+        """Write each layout that was inferred in this capture; EptError with one line when there is none."""
+        from volatility3_ept.export import output
+
+        inferred = {
+            layout: text
+            for item in found
+            if item.found is not None
+            for layout, (text, *_) in item.found.index.inferred.items()
+        }
+        if not inferred:
+            raise errors.EptError(f"--save-layouts {name}: no layout had to be inferred in this capture")
+        path = folder.inside(folder.output(self), name, "--save-layouts")
+        try:
+            output.write_texts(path, {f"{layout}.json": text for layout, text in inferred.items()})
+        except output.OutputError as error:
+            raise errors.EptError(f"--save-layouts {name}: {error}") from None
 
     def _generator(self, found: list[target.Target]) -> Iterator[tuple[int, tuple[Any, ...]]]:
         from volatility3_ept.spec import describe
