@@ -9,7 +9,7 @@ from volatility3.framework import automagic, exceptions, interfaces, plugins
 from volatility3.framework.automagic import stacker as vol_stacker
 from volatility3.plugins import banners
 
-from volatility3_ept.automagic import GuestGuard, GuestSelector, GuestStacker
+from volatility3_ept.automagic import GuestGuard, GuestSelector, GuestStacker, selector
 from volatility3_ept.layers import errors, guest, options, runs
 
 GUEST = f"{options.CONFIG_PATH}.guest"
@@ -153,3 +153,17 @@ def test_a_file_that_is_no_capture_is_refused_before_anything_is_shown(tmp_path)
 def test_a_missing_layer_is_volatilitys_own_error(tmp_path):
     with pytest.raises(exceptions.UnsatisfiedException):
         construct(tmp_path / "absent.raw", "0")
+
+
+@pytest.mark.parametrize(("wanted", "right"), [("0.0", True), ("0", False), ("1", False)])
+def test_a_configuration_of_a_nested_guest_is_that_guests_and_not_its_parents(wanted, right):
+    """The parent's layer stands below the nested guest's, and is named in the same configuration."""
+    layer = f"{guest.__name__}.{guest.GuestPhysicalLayer.__name__}"
+    config = {"primary.class": layer, "primary.guest": "0.0", "primary.base_layer.class": layer,
+              "primary.base_layer.guest": "0"}  # fmt: skip
+    held = interfaces.configuration.HierarchicalDict(config)
+    if right:
+        selector._refuse_other_layers(held, wanted)
+        return
+    with pytest.raises(errors.GuestError, match=r"describes guest 0\.0"):
+        selector._refuse_other_layers(held, wanted)

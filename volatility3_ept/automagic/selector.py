@@ -98,12 +98,13 @@ def _names_below(order: int) -> list[str]:
 def _refuse_other_layers(config: interfaces.configuration.HierarchicalDict, wanted: str) -> None:
     """Raise GuestError when a loaded configuration (``-c``) already names layers, and not this guest's."""
     classes = [key for key in config if key.rpartition(".")[2] == "class" and "layers." in str(config[key])]
-    guests = [
-        str(config[f"{key.rpartition('.')[0]}.guest"])
-        for key in classes
-        if str(config[key]).endswith(guest.GuestPhysicalLayer.__name__)
+    ours = [
+        key.removesuffix("class") for key in classes if str(config[key]).endswith(guest.GuestPhysicalLayer.__name__)
     ]
-    if classes and wanted not in guests:
+    # Below the layer of a nested guest stands its parent's: the upper one is the machine that a plugin would read.
+    upper = [path for path in ours if not any(path != other and path.startswith(other) for other in ours)]
+    guests = [str(config.get(f"{path}guest", None)) for path in upper]
+    if classes and (not guests or any(held != wanted for held in guests)):
         held = f"guest {guests[0]}" if guests else "the host or another machine"
         raise errors.GuestError(
             f"--guest {wanted}: the configuration given with -c describes {held}; use one of the two"
