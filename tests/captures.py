@@ -109,9 +109,10 @@ def manifest() -> dict[str, Capture]:
     return {name: Capture(name, entry) for name, entry in entries.items()}
 
 
-def committed() -> list[str]:
-    """Return the names of the captures that are in git."""
-    return [name for name, capture in manifest().items() if capture.entry["committed"]]
+def committed(guests: int | None = None) -> list[str]:
+    """Return the names of the captures that are in git; with ``guests``, of those that hold so many, nested or not."""
+    held = {name: capture.entry for name, capture in manifest().items() if capture.entry["committed"]}
+    return [name for name, entry in held.items() if guests is None or len(entry.get("guests", ())) == guests]
 
 
 def get(name: str) -> Capture:

@@ -1,4 +1,4 @@
-"""Prints ``docs/stock-plugins.md``: every ``linux.*`` plugin on every committed capture, on the truth and the guest.
+"""Prints ``docs/stock-plugins.md``: each ``linux.*`` plugin on the captures of one guest in git, on truth and guest.
 
 python tests/sweep_page.py > docs/stock-plugins.md
 """
@@ -22,7 +22,7 @@ import volatility3_ept
 PAGE = """\
 # Volatility's own plugins through `--guest`
 
-Every `linux.*` plugin of Volatility, run twice on the guest of each committed capture:
+Every `linux.*` plugin of Volatility, run twice on the guest of `kvm-ept` and of `kvm-npt`:
 
 - **truth**: on an image of the guest made from its ground truth. The monitor that ran the guest looked up the host
   frame of each page it held in its own page tables, and hashed the page; the image holds those pages, each checked by
@@ -46,8 +46,8 @@ zero; the one at 0x1000 holds the GDT that the monitor wrote for the first instr
 | Python | {python} |
 
 This page is written by `python tests/sweep_page.py > docs/stock-plugins.md` (a few minutes). Each comparison is a test
-too: `pytest tests/plugins/test_stock_plugins.py` runs a handful of them, `-m slow` all others. `linux.vmayarascan`
-needs yara-python.
+too: `pytest tests/plugins/test_stock_plugins.py` runs a handful of them, `-m slow` all others and those of
+`kvm-nested`, whose guest runs a guest of its own. `linux.vmayarascan` needs yara-python.
 
 ## Rows
 
@@ -138,7 +138,7 @@ def options() -> Iterator[tuple[str, ...]]:
 
 def main() -> int:
     """Print the page; 1 when anything differs."""
-    found = {name: results(name) for name in captures.committed()}
+    found = {name: results(name) for name in captures.committed(guests=1)}
     verdicts = [verdict(both) for each in found.values() for both in each.values()]
     different = verdicts.count("**no**")
     absent = {captures.manifest()[name].entry["guests"][0]["pages_absent"] for name in found}

@@ -15,11 +15,12 @@ Holes exist only where the caller asks for them (``regions``), as above the RAM
 of a machine.
 
 Every segment costs Volatility about 0.3 ms when it opens the file, so
-only runs of at least ``min_run`` pages are shared.
+only runs of at least ``min_run`` pages are shared. A ``min_run`` of 1 and short
+extents give the smallest file.
 
 Usage::
 
-    python elfcore.py host.raw host.elf [--min-run 2]
+    python elfcore.py host.raw host.elf [--min-run 2] [--extent 256]
 
 The output depends on the input alone: the same memory gives the same bytes.
 """
@@ -38,7 +39,7 @@ PAGE_SIZE = 4096
 ZERO_PAGE = bytes(PAGE_SIZE)
 
 #: Longest extent of one repeated page: 1 MiB. A longer run becomes several segments.
-EXTENT_PAGES = 256
+DEFAULT_EXTENT = 256
 DEFAULT_MIN_RUN = 2
 
 EHDR = struct.Struct("<16sHHIQQQIHHHHHH")
@@ -87,9 +88,10 @@ def repeats(pages: Sequence[bytes]) -> Iterator[tuple[int, int]]:
 class Packer:
     """Decides which pages are stored and where each run of memory points."""
 
-    def __init__(self, min_run: int = DEFAULT_MIN_RUN) -> None:
-        """Share runs of at least ``min_run`` pages."""
+    def __init__(self, min_run: int = DEFAULT_MIN_RUN, extent: int = DEFAULT_EXTENT) -> None:
+        """Share runs of at least ``min_run`` pages, repeated pages in extents of at most ``extent``."""
         self.min_run = min_run
+        self.extent = extent
         self.segments: list[Segment] = []
         #: Raw offset of each stored page, in file order.
         self.stored: list[int] = []
@@ -105,7 +107,7 @@ class Packer:
                 if length >= self.min_run and length > longest.get(hashes[start], (0, 0))[0]:
                     longest[hashes[start]] = (length, region.raw_offset + start * PAGE_SIZE)
         for digest, (length, raw_offset) in longest.items():
-            count = min(length, EXTENT_PAGES)
+            count = min(length, self.extent)
             self._extents[digest] = (len(self.stored), count)
             for _ in range(count):
                 self._store(digest, raw_offset)
@@ -172,7 +174,13 @@ def headers(segments: Sequence[Segment]) -> bytes:
     return (ehdr + phdrs).ljust(data_offset, b"\0")
 
 
-def write(raw: BinaryIO, out: BinaryIO, regions: Iterable[Region], min_run: int = DEFAULT_MIN_RUN) -> list[Segment]:
+def write(
+    raw: BinaryIO,
+    out: BinaryIO,
+    regions: Iterable[Region],
+    min_run: int = DEFAULT_MIN_RUN,
+    extent: int = DEFAULT_EXTENT,
+) -> list[Segment]:
     """Write the memory of ``regions`` (sorted by ``hpa``, whole pages) as an ELF core.
 
     Returns the segments, offsets counting from the end of the padded headers.
@@ -181,7 +189,7 @@ def write(raw: BinaryIO, out: BinaryIO, regions: Iterable[Region], min_run: int 
     for region in regions:
         if region.hpa % PAGE_SIZE or region.size % PAGE_SIZE or region.size <= 0:
             raise ValueError(f"region at {region.hpa:#x} of {region.size:#x} bytes is not made of whole pages")
-    packer = Packer(min_run)
+    packer = Packer(min_run, extent)
     packer.add(regions, [digests(raw, region) for region in regions])
     out.write(headers(packer.segments))
     for raw_offset in packer.stored:
@@ -230,11 +238,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=DEFAULT_MIN_RUN,
         help="shortest run of pages worth a segment of its own",
     )
+    parser.add_argument(
+        "--extent",
+        type=int,
+        default=DEFAULT_EXTENT,
+        help="pages that the longest stored run of one repeated page has",
+    )
     args = parser.parse_args(argv)
     with args.raw.open("rb") as raw:
         size = args.raw.stat().st_size
         with args.elf.open("wb") as out:
-            segments = write(raw, out, [Region(0, 0, size)], args.min_run)
+            segments = write(raw, out, [Region(0, 0, size)], args.min_run, args.extent)
         raw.seek(0)
         expected = _sha256(raw)
     with args.elf.open("rb") as elf:

@@ -14,7 +14,7 @@ import pytest
 MARK = b"VMCOREINFO\0"
 
 
-@pytest.fixture(scope="module", params=captures.committed())
+@pytest.fixture(scope="module", params=captures.committed(guests=1))
 def misled(request, tmp_path_factory):
     """A capture in which no page of the host itself holds the word VMCOREINFO."""
     capture = captures.get(request.param)

@@ -37,9 +37,9 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="each plugin run
 
 
 def comparisons():
-    for capture in captures.committed():
+    for capture in [*captures.committed(guests=1), *captures.committed(guests=2)]:
         for plugin in sweep.plugin_names():
-            quick = capture == captures.committed()[0] and plugin in QUICK
+            quick = capture == captures.committed(guests=1)[0] and plugin in QUICK
             yield pytest.param(capture, plugin, marks=() if quick else pytest.mark.slow, id=f"{capture}-{plugin}")
 
 
@@ -71,7 +71,7 @@ def test_a_plugin_gives_the_same_through_guest(pairs, capture, plugin):
 
 @needs_fork
 def test_the_truth_is_the_guest_and_not_the_host(pairs):
-    name = captures.committed()[0]
+    name = captures.committed(guests=1)[0]
     rows = pairs(name).truth.run("linux.pslist.PsList").rows
     found = {(row[2], row[5]) for row in rows}
     assert found >= {p for p in captures.get(name).guests[0].processes if not p[1].startswith("kworker")}
@@ -79,7 +79,7 @@ def test_the_truth_is_the_guest_and_not_the_host(pairs):
 
 @needs_fork
 @pytest.mark.slow
-@pytest.mark.parametrize("name", captures.committed())
+@pytest.mark.parametrize("name", captures.committed(guests=1))
 def test_the_comparison_notices_missing_pages(pairs, name, tmp_path):
     """Not a comparison that is always content: without the pages of one process, psscan is not the same."""
     pair = pairs(name)
@@ -94,7 +94,7 @@ def test_the_comparison_notices_missing_pages(pairs, name, tmp_path):
     assert any("guest_db_server" in line and line.startswith("-") for line in lost)
 
 
-@pytest.mark.parametrize("name", captures.committed())
+@pytest.mark.parametrize("name", captures.committed(guests=1))
 def test_pages_that_the_slat_lacks_hold_nothing_but_the_boot_gdt(name):
     """Why no plugin differs: what the EPT or NPT does not hold is zero, but for the monitor's GDT at 0x1000."""
     capture = captures.get(name)

@@ -22,10 +22,12 @@ def distinct(number: int) -> bytes:
     return struct.pack("<Q", number + 1) * 512
 
 
-def pack(raw: bytes, regions: list[elfcore.Region] | None = None, min_run: int = 2) -> tuple[bytes, list]:
+def pack(
+    raw: bytes, regions: list[elfcore.Region] | None = None, min_run: int = 2, extent: int = 256
+) -> tuple[bytes, list]:
     """Return the file and its segments, as read back from the file."""
     out = io.BytesIO()
-    elfcore.write(io.BytesIO(raw), out, regions or [elfcore.Region(0, 0, len(raw))], min_run)
+    elfcore.write(io.BytesIO(raw), out, regions or [elfcore.Region(0, 0, len(raw))], min_run, extent)
     return out.getvalue(), elfcore.read_segments(out)
 
 
@@ -44,7 +46,7 @@ RAM = {
     "one page": distinct(0),
     "all distinct": b"".join(distinct(i) for i in range(40)),
     "all zero": bytes(40 * PAGE),
-    "zeroes longer than an extent": bytes((2 * elfcore.EXTENT_PAGES + 3) * PAGE) + distinct(1),
+    "zeroes longer than an extent": bytes((2 * elfcore.DEFAULT_EXTENT + 3) * PAGE) + distinct(1),
     "poison between": b"".join(distinct(i) for i in range(5)) + b"\xcc" * 30 * PAGE + distinct(7) + b"\xcc" * 9 * PAGE,
     "a stretch twice": b"".join(distinct(i) for i in [*range(20), 77, *range(3, 12), 99, *range(15, 20)]),
     "a stretch that runs into poison": b"".join(
@@ -89,6 +91,13 @@ def test_zero_pages_are_shared_but_not_holes():
     data, segments = pack(raw)
     assert len(data) == PAGE * (1 + 100 + 1)  # headers, one extent, one page
     assert sum(segment.size for segment in segments) == len(raw)
+
+
+def test_a_short_extent_stores_less_and_costs_segments():
+    raw = bytes(100 * PAGE) + distinct(1)
+    data, segments = pack(raw, extent=10)
+    assert len(data) == PAGE * (1 + 10 + 1)
+    assert len(segments) == 10  # the last one runs on into the page after it
 
 
 def test_a_repeated_stretch_is_stored_once():
