@@ -81,3 +81,15 @@ def test_a_c_bit_in_root_and_entries_is_not_part_of_the_address():
                 ram.write_entry(at, ram.read_entry(at) | 1 << 47)
     root = Root.parse(f"ncr3={tables.root | 1 << 47:#x},cbit=47")
     assert root.traverse(memory_of(ram)).memory(memory_of(ram)).read(PAGE, 8) == PAGE.to_bytes(8, "little")
+
+
+def test_a_map_that_is_held_is_not_made_again_and_one_that_is_not_is_let_go():
+    tables = paging.Tables(HostRam(), paging.EPT_4)
+    tables.back([0, 0x1000])
+    memory = memory_of(tables.ram)
+    first = Root.parse(f"eptp={tables.register:#x}").traverse(memory)
+    assert Root.parse(f"eptp={tables.root:#x}").traverse(memory) is first
+    assert Root.parse(f"eptp={tables.root:#x},dialect=xen").traverse(memory) is not first
+    assert Root.parse(f"eptp={tables.root:#x},maxphyaddr=36").traverse(memory) is not first
+    del first
+    assert not memory.maps

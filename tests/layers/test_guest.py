@@ -81,6 +81,23 @@ def test_scanning_finds_what_is_there_and_skips_the_hole(layer):
     assert found == [7 * PAGE + 0x800]
 
 
+def test_scanning_finds_what_reaches_from_one_frame_into_the_next(layer):
+    """The frames are no neighbours in the host."""
+    needle = stamp(7 * PAGE)[-8:] + stamp(8 * PAGE)[:8]
+    found = list(layer.scan(layer.context, scanners.BytesScanner(needle)))
+    assert found == [8 * PAGE - 8]
+    across_the_hole = stamp(4 * PAGE)[-8:] + stamp(6 * PAGE)[:8]
+    assert list(layer.scan(layer.context, scanners.BytesScanner(across_the_hole))) == []
+
+
+@pytest.mark.parametrize("size", [PAGE, 3 * PAGE + 8])
+def test_scanning_in_small_chunks_finds_each_match_once(layer, size):
+    scanner = scanners.BytesScanner(b"\x00\x00\x00")
+    scanner.chunk_size, scanner.overlap = size, 16
+    whole = list(layer.scan(layer.context, scanners.BytesScanner(b"\x00\x00\x00")))
+    assert sorted(layer.scan(layer.context, scanner)) == sorted(whole)
+
+
 def test_nothing_of_the_host_shows_through_the_metadata(tmp_path):
     """Volatility merges the metadata of all layers below: the host's page table would be taken for the guest's."""
     ram, tables = stamped()

@@ -123,14 +123,15 @@ def account(guest_map: GuestMap, below: HostMemory, recovery: Recovery | None = 
 
 def _ranges(whole: GuestMap, below: HostMemory, recovery: Recovery) -> Iterator[tuple[Fate, Range]]:
     """Yield the ranges ``(starts, ends)`` of every fate but the last, which takes what is left."""
-    states = whole.words >> gpamap.STATE_SHIFT & 7
-    again = states == int(State.RECOVERED)
+    again = (whole.words >> gpamap.STATE_SHIFT & 7) == int(State.RECOVERED)
     held = whole.memory(below)
     present = union(held.starts, held.starts + held.lengths)
+    del held
     inner = np.stack((-(-present[0] // PAGE_SIZE) * PAGE_SIZE, present[1] // PAGE_SIZE * PAGE_SIZE))
     present = _clipped((inner[0], inner[1]), whole.top)
     for fate, chosen in ((Fate.MAPPED, ~again), (Fate.RECOVERED, again)):
-        runs = union(whole.gpas[chosen], (whole.gpas + whole.lengths)[chosen])
+        starts = whole.gpas[chosen]
+        runs = union(starts, starts + whole.lengths[chosen])
         lost = mask.subtract(runs, present)
         yield fate, _plus(mask.subtract(runs, (lost[0], lost[0] + lost[1])))
     yield Fate.OUTSIDE, (whole.gpas, whole.gpas + whole.lengths)

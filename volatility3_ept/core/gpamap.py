@@ -143,7 +143,9 @@ class GuestMap:
         Two guest-physical pages may share a frame, so ranges may overlap.
         """
         order = np.argsort(self.hpas, kind="stable")
-        return self.hpas[order], self.lengths[order], self.gpas[order]
+        hpas: Int64 = self.words[order]
+        hpas &= ~np.int64(ATTRIBUTES)
+        return hpas, self.lengths[order], self.gpas[order]
 
     def to_gpas(self, hpa: int) -> list[int]:
         """Return every guest-physical address at which one byte of the memory below appears."""
@@ -157,8 +159,13 @@ class GuestMap:
     @functools.cached_property
     def _frame_ranges(self) -> tuple[Int64, Int64]:
         """Kept: a search compares each guest with each other one, and to sort the frames of a large one takes long."""
-        hpas = self.hpas
-        return union(hpas, hpas + self.lengths)
+        order = np.argsort(self.hpas)
+        starts: Int64 = self.words[order]
+        starts &= ~np.int64(ATTRIBUTES)
+        ends = self.lengths[order]
+        del order
+        ends += starts
+        return _union_of_ascending(starts, ends)
 
     def memory(self, below: HostMemory) -> HostMemory:
         """Return the guest's physical memory over the memory that its frames are addresses of."""
@@ -167,12 +174,21 @@ class GuestMap:
 
 def union(starts: Int64, ends: Int64) -> tuple[Int64, Int64]:
     """Return the union of half-open ranges as disjoint ascending ranges."""
+    if not (starts[1:] < starts[:-1]).any():
+        return _union_of_ascending(starts, ends.copy())
+    order = np.argsort(starts)
+    return _union_of_ascending(starts[order], ends[order])
+
+
+def _union_of_ascending(starts: Int64, ends: Int64) -> tuple[Int64, Int64]:
+    """Return the union of ranges whose starts ascend; ``ends`` is overwritten."""
     if not starts.size:
         return starts, ends
-    order = np.argsort(starts)
-    starts, ends = starts[order], np.maximum.accumulate(ends[order])
+    np.maximum.accumulate(ends, out=ends)
     new = np.ones(starts.size, dtype=np.bool_)
     new[1:] = starts[1:] > ends[:-1]
+    if new.all():
+        return starts, ends
     first = np.flatnonzero(new)
     last = np.append(first[1:], starts.size) - 1
     return starts[first], ends[last]

@@ -7,14 +7,15 @@ each is expanded once, and the map says so.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 
 from volatility3_ept.core import gpamap, mask
 from volatility3_ept.core.gpamap import Findings, GuestMap
 from volatility3_ept.core.memory import Bools, HostMemory, Int64, Words, join_runs
+from volatility3_ept.core.runbuffer import RunBuffer, merged
 from volatility3_ept.spec import dialect as dialects
 from volatility3_ept.spec.bits import PAGE_SIZE
 from volatility3_ept.spec.dialect import Dialect
@@ -23,6 +24,8 @@ from volatility3_ept.spec.paging import Access, EntryKind, Format, Level
 
 #: Tables that are read and classified together: 1 MiB of entries, so that the arrays made of them stay in the cache.
 CHUNK_TABLES = 256
+#: Chunks whose tables stay in the process's memory: 64 MiB of them.
+_KEPT = 64
 #: References of one level to tables that it names already. A hypervisor makes few; each costs up to 512 more below it.
 MAX_REPEATS = 1 << 12
 _SIZE_CODES = {size: code for code, size in enumerate(gpamap.SIZES)}
@@ -41,7 +44,7 @@ class _Frontier:
 class _Collected:
     """What the traversal gathers, in chunks."""
 
-    runs: list[tuple[Int64, Int64, Int64]] = field(default_factory=list)
+    runs: list[RunBuffer] = field(default_factory=list)
     mmio: list[Int64] = field(default_factory=list)
     misconfigured: list[Int64] = field(default_factory=list)
     unreadable: list[Int64] = field(default_factory=list)
@@ -65,10 +68,7 @@ def traverse(memory: HostMemory, fmt: Format, root: int, dialect: Dialect | None
         frontier = _bounded(frontier, seen, level, found)
         seen = mask.distinct(np.concatenate((seen, frontier.tables)))
         found.tables += frontier.tables.size
-        parts = [
-            _chunk(memory, fmt, dialect, level, frontier, slice(i, i + CHUNK_TABLES), found)
-            for i in range(0, frontier.tables.size, CHUNK_TABLES)
-        ]
+        parts = list(_level(memory, fmt, dialect, level, frontier, found))
         if not parts:
             break
         frontier = _Frontier(
@@ -83,6 +83,9 @@ def read_tables(memory: HostMemory, fmt: Format, level: Level, tables: Int64) ->
     """Return the entries of many tables of one level as ``uint64[n, entries]``, and which tables were readable."""
     if fmt.entry_bytes == 8 and level.entries * 8 == PAGE_SIZE:
         return memory.words(tables)
+    held = fmt.held(level)
+    if held:
+        return np.tile(np.array(held, dtype=np.uint64), (tables.size, 1)), np.ones(tables.size, dtype=np.bool_)
     # 32-bit paging (4-byte entries) and PAE's directory (32 bytes, not page-aligned): small, so one by one.
     out = np.zeros((tables.size, level.entries), dtype=np.uint64)
     good = np.zeros(tables.size, dtype=np.bool_)
@@ -145,6 +148,19 @@ def _bounded(frontier: _Frontier, seen: Int64, level: Level, found: _Collected) 
     return _Frontier(frontier.tables[keep], frontier.bases[keep], frontier.access[keep])
 
 
+def _level(
+    memory: HostMemory, fmt: Format, dialect: Dialect, level: Level, frontier: _Frontier, found: _Collected
+) -> Iterator[_Frontier]:
+    """Read all tables of a level in chunks; yield what is below each."""
+    count = frontier.tables.size
+    found.runs.append(RunBuffer(count * level.entries if level.may_be_leaf or level is fmt.levels[-1] else 0))
+    for start in range(0, count, CHUNK_TABLES):
+        yield _chunk(memory, fmt, dialect, level, frontier, slice(start, start + CHUNK_TABLES), found)
+        end = start + CHUNK_TABLES
+        if end % (_KEPT * CHUNK_TABLES) == 0:
+            memory.release(frontier.tables[end - _KEPT * CHUNK_TABLES : end])
+
+
 def _chunk(
     memory: HostMemory,
     fmt: Format,
@@ -178,7 +194,7 @@ def _chunk(
             | _SIZE_CODES[level.page_size] << gpamap.SIZE_SHIFT
         )
         frames = np.asarray(fmt.frame(restored[leaf], level)).astype(np.int64)
-        found.runs.append(join_runs(gpas[leaf], np.full(frames.size, level.page_size), frames | attributes))
+        found.runs[-1].add(*join_runs(gpas[leaf], np.full(frames.size, level.page_size), frames | attributes))
     table = kinds == int(EntryKind.TABLE)
     return _Frontier(np.asarray(fmt.table(restored[table])).astype(np.int64), gpas[table], access[table])
 
@@ -196,13 +212,6 @@ def _rows(gpas: Int64, span: int, values: Int64) -> Int64:
     return np.stack([gpas, np.full(gpas.size, span, dtype=np.int64), values], axis=1)
 
 
-def _emptied(parts: list[Int64]) -> Int64:
-    """Join arrays, and let go of them: of a large guest the runs take gigabytes, once."""
-    whole = np.concatenate(parts)
-    parts.clear()
-    return whole
-
-
 def _assemble(found: _Collected) -> GuestMap:
     """Bring the runs of all levels and chunks into one ascending map."""
 
@@ -213,13 +222,4 @@ def _assemble(found: _Collected) -> GuestMap:
     findings = Findings(
         joined(found.mmio), joined(found.misconfigured), joined(found.unreadable), found.tables, tuple(found.notes)
     )
-    empty: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
-    if not found.runs:
-        return GuestMap(empty, empty, empty, findings)
-    parts = [list(column) for column in zip(*found.runs, strict=True)]
-    found.runs.clear()
-    gpas, lengths, words = (_emptied(part) for part in parts)
-    if (gpas[1:] < gpas[:-1]).any():
-        order = np.argsort(gpas, kind="stable")
-        gpas, lengths, words = gpas[order], lengths[order], words[order]
-    return GuestMap(*join_runs(gpas, lengths, words), findings)
+    return GuestMap(*merged(found.runs), findings)

@@ -12,9 +12,10 @@ import errno
 import functools
 import mmap
 import os
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -81,11 +82,16 @@ class FileSource:
 
     def read(self, offset: int, length: int) -> bytes | None:
         """Return ``length`` bytes from ``offset``; None beyond the end."""
+        found = self.view(offset, length)
+        return None if found is None else bytes(found)
+
+    def view(self, offset: int, length: int) -> bytes | memoryview | None:
+        """Return the same without a copy."""
         if offset < 0 or offset + length > self._bytes.size:
             return None
         if self._extents is not None and self._is_hole(offset, length):
             return bytes(length)
-        return bytes(self._view[offset : offset + length])
+        return self._view[offset : offset + length]
 
     def extents(self) -> tuple[Int64, Int64] | None:
         """Return where a sparse file is no hole; None for a file without holes, and where nobody knows."""
@@ -222,6 +228,8 @@ class HostMemory:
         self.offsets = np.ascontiguousarray(offsets, dtype=np.int64)
         # Views that give plain integers: a single look-up is several times as fast through them.
         self._table = (self.starts.data, self.lengths.data, self.offsets.data)
+        #: What hierarchies in this memory map, for as long as somebody holds it: by whatever names the hierarchy.
+        self.maps: weakref.WeakValueDictionary[Hashable, Any] = weakref.WeakValueDictionary()
         if any((self.starts[b] - self.starts[a] < self.lengths[a]).any() for a, b in _neighbours(self.starts.size)):
             raise ValueError("physical memory segments overlap or are out of order")
 
@@ -284,18 +292,19 @@ class HostMemory:
     def read(self, address: int, length: int) -> bytes | None:
         """Return exactly ``length`` bytes at a physical address, or None when any of them is not there."""
         starts, lengths, offsets = self._table
-        parts: list[bytes] = []
+        parts: list[bytes | memoryview] = []
+        piece = self.source.view if isinstance(self.source, FileSource) else self.source.read
         while length > 0:
             index = self._segment(address)
             if index < 0:
                 return None
             within = address - starts[index]
             take = min(length, lengths[index] - within)
-            part = self.source.read(offsets[index] + within, take)
+            if take == length and not parts:
+                return self.source.read(offsets[index] + within, take)
+            part = piece(offsets[index] + within, take)
             if part is None:
                 return None
-            if take == length and not parts:
-                return part
             parts.append(part)
             address += take
             length -= take
@@ -327,6 +336,14 @@ class HostMemory:
                 out[row] = np.frombuffer(data, dtype=np.uint64)
                 good[row] = True
         return out, good
+
+    def release(self, addresses: Int64) -> None:
+        """Let go of the pages at some addresses, which were looked at: a mapped file then takes no memory for them."""
+        offsets = self.locate(addresses)
+        offsets = offsets[offsets >= 0]
+        if offsets.size:
+            low = int(offsets.min())
+            self.source.release(low, int(offsets.max()) + PAGE_SIZE - low)
 
     @functools.cached_property
     def written(self) -> HostMemory:

@@ -60,10 +60,15 @@ class Root:
             raise RootError(f"{self.kind} root {self.raw:#x}: {self.levels} levels; possible: {allowed}")
         if self.physical_bits and not 32 <= self.physical_bits <= bits.MAX_PHYSICAL_BITS:
             raise RootError(f"MAXPHYADDR is 32 to {bits.MAX_PHYSICAL_BITS}, not {self.physical_bits}")
+        if self.key_bit and not bits.PAGE_SHIFT <= self.key_bit < bits.MAX_PHYSICAL_BITS:
+            raise RootError(f"cbit is {bits.PAGE_SHIFT} to {bits.MAX_PHYSICAL_BITS - 1}, not {self.key_bit}")
         if self.raw < 0 or self.raw >> 64 or not self.address:
             raise RootError(f"{self.kind} root {self.raw:#x} holds no table address")
-        if self.dialect and self.dialect.lower() not in DIALECTS:
-            raise RootError(f"dialect {self.dialect!r}; known: {', '.join(sorted(DIALECTS))}")
+        if self.dialect:
+            who = DIALECTS.get(self.dialect.lower())
+            if who is None:
+                raise RootError(f"dialect {self.dialect!r}; known: {', '.join(sorted(DIALECTS))}")
+            object.__setattr__(self, "dialect", who.name)
 
     @classmethod
     def parse(cls, text: str) -> Root:
@@ -120,7 +125,12 @@ class Root:
 
     @property
     def _key_bits(self) -> int:
-        return bits.field(51, self.key_bit) if self.key_bit else 0
+        if not self.key_bit:
+            return 0
+        # The C-bit is one bit, with reserved ones beside it; a KeyID takes all that are left below MAXPHYADDR.
+        if self.kind == NPT:
+            return bits.bit(self.key_bit)
+        return bits.field(self.physical_bits - 1 if self.physical_bits > self.key_bit else 51, self.key_bit)
 
     def resolved(self, memory: HostMemory) -> Root:
         """Return the same root with its dialect inferred from the tables, if it had none."""
@@ -138,8 +148,16 @@ class Root:
         return "" if table is None else hashlib.sha256(table).hexdigest()[:16]
 
     def traverse(self, memory: HostMemory) -> GuestMap:
-        """Return everything that the hierarchy maps. ``memory`` holds its tables."""
-        return leaves.traverse(memory, self.format, self.raw, self.reader(memory))
+        """Return everything that the hierarchy maps. ``memory`` holds its tables.
+
+        A map that somebody still holds is not made again: of a large guest two would take gigabytes.
+        """
+        root = self.resolved(memory)
+        name = (root.format, root.address, root.dialect)
+        found = memory.maps.get(name)
+        if found is None:
+            found = memory.maps[name] = leaves.traverse(memory, self.format, self.raw, root.reader(memory))
+        return found
 
     def walk(self, memory: HostMemory, gpa: int) -> walks.Walk:
         """Translate one guest-physical address, keeping every entry."""

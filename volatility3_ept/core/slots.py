@@ -25,6 +25,9 @@ MAX_ALIASES = 4
 MAX_DISTANCES = 256
 #: Slots that are looked into, those with most matches first: frames that match by accident make slots of their own.
 MAX_SLOTS = 512
+#: Pieces of the guest's frames that one process may map: so many, and so many times what there are of runs and pages.
+#: Each piece costs some hundred bytes, and forged tables can map all frames again with each entry.
+MAX_PIECES, MAX_TIMES = 1 << 20, 4
 #: The window of legacy video memory: memory of the guest only where EPT or NPT maps a page in it.
 _VIDEO = (0xA_0000, 0xC_0000)
 
@@ -55,7 +58,8 @@ class Slot:
     def parse(cls, text: str) -> Slot:
         """Return the slot that a text names; ValueError when it names none."""
         gpa, length, hva, root, matched, confirmed, levels = (int(part, 0) for part in text.split(":"))
-        if min(gpa, length, hva, root, matched) < 0 or max(gpa + length, root) >> 52 or levels not in (4, 5):
+        wide = max(gpa + length, root, matched) >> 52 or hva >> 57
+        if min(gpa, length, hva, root, matched) < 0 or wide or levels not in (4, 5):
             raise ValueError(f"{text!r} is no slot")
         return cls(gpa, length, hva, root, matched, bool(confirmed), levels)
 
@@ -74,29 +78,36 @@ class Inverse:
 
     layers: tuple[tuple[Int64, Int64, Int64], ...]
     shared: int
+    guest_map: GuestMap
 
     @classmethod
     def of(cls, guest_map: GuestMap) -> Inverse:
         """Sort a map's runs by host address, and into layers."""
-        hpas, lengths, gpas = guest_map.inverse()
-        ends = hpas + lengths
+        hpas, ends, gpas = guest_map.inverse()
+        ends += hpas
         layers: list[tuple[Int64, Int64, Int64]] = []
         for _ in range(MAX_ALIASES):
             if not hpas.size:
                 break
             free = np.ones(hpas.size, dtype=np.bool_)
             free[1:] = hpas[1:] >= np.maximum.accumulate(ends)[:-1]
+            if free.all():
+                layers.append((hpas, ends, gpas))
+                hpas = ends = gpas = hpas[:0]
+                break
             layers.append((hpas[free], ends[free], gpas[free]))
             hpas, ends, gpas = hpas[~free], ends[~free], gpas[~free]
         if hpas.size:
             # Too common: what still overlaps is left out of every layer.
             often = union(hpas, ends)
             layers = [_without(layer, often) for layer in layers]
-        return cls(tuple(layers), int((ends - hpas).sum()))
+        return cls(tuple(layers), int((ends - hpas).sum()), guest_map)
 
     @property
     def frames(self) -> Frames:
         """The frames that can vote."""
+        if not self.shared:
+            return Frames(*self.guest_map.frame_ranges())
         starts = np.concatenate([np.empty(0, dtype=np.int64), *(layer[0] for layer in self.layers)])
         ends = np.concatenate([np.empty(0, dtype=np.int64), *(layer[1] for layer in self.layers)])
         return Frames(*union(starts, ends))
@@ -120,11 +131,16 @@ def overlaps(starts: Int64, ends: Int64, others: Int64, other_ends: Int64) -> tu
 
     The others are disjoint and ascending.
     """
-    first = np.searchsorted(other_ends, starts, side="right")
-    count = np.maximum(np.searchsorted(others, ends, side="left") - first, 0)
+    first, count = _touched(starts, ends, others, other_ends)
     index = np.repeat(np.arange(starts.size), count)
     other = np.repeat(first - (np.cumsum(count) - count), count) + np.arange(index.size)
     return index, other, np.maximum(starts[index], others[other]), np.minimum(ends[index], other_ends[other])
+
+
+def _touched(starts: Int64, ends: Int64, others: Int64, other_ends: Int64) -> tuple[Int64, Int64]:
+    """Return for each range the first of the others that it overlaps, and how many it does."""
+    first = np.searchsorted(other_ends, starts, side="right")
+    return first, np.maximum(np.searchsorted(others, ends, side="left") - first, 0)
 
 
 @dataclass(frozen=True)
@@ -147,10 +163,14 @@ class Matched:
         return float((weights**2).sum() / max(weights.sum(), 1))
 
 
-def match(leaves: Iterator[Leaves], inverse: Inverse) -> Matched:
-    """Let every frame vote, and settle each guest-physical page on one distance."""
+def match(leaves: Iterator[Leaves], inverse: Inverse) -> Matched | None:
+    """Let every frame vote, and settle each guest-physical page on one distance.
+
+    None: the process maps the guest's frames over and over, as no VMM does.
+    """
     none = np.empty(0, dtype=np.int64)
     ballots: list[tuple[Int64, Int64, Int64]] = []
+    pieces, allowed = 0, MAX_PIECES + MAX_TIMES * sum(starts.size for starts, _, _ in inverse.layers)
     for chunk in leaves:
         there = (chunk.kinds == HostEntry.PRESENT) | (chunk.kinds == HostEntry.PROT_NONE)
         sizes = np.full(int(there.sum()), chunk.size, dtype=np.int64)
@@ -158,7 +178,11 @@ def match(leaves: Iterator[Leaves], inverse: Inverse) -> Matched:
         # Looked up in ascending order, neighbours are found in the cache: several times as fast.
         order = np.argsort(runs[2])
         hvas, lengths, hpas = (column[order] for column in runs)
+        allowed += MAX_TIMES * hvas.size
         for starts, ends, gpas in inverse.layers:
+            pieces += int(_touched(hpas, hpas + lengths, starts, ends)[1].sum())
+            if pieces > allowed:
+                return None
             index, run, low, high = overlaps(hpas, hpas + lengths, starts, ends)
             gpa = gpas[run] + low - starts[run]
             distance = hvas[index] + low - hpas[index] - gpa

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from volatility3_ept.core import infer, isf, layouts, vmcs
+from volatility3_ept.core import layouts, vmcs
 from volatility3_ept.core.control import ControlStructure
 from volatility3_ept.core.likeness import Found
 from volatility3_ept.core.memory import HostMemory
@@ -21,6 +21,9 @@ def search(memory: HostMemory, found: Sequence[Found], examined: Iterable[int]) 
     ``found`` are the roots that page tables gave, ``examined`` the pages that were examined under the known layouts.
     Returns the layouts by name, and what was cut short.
     """
+    # Few captures need it, and a command that finds its index needs it never.
+    from volatility3_ept.core import infer, isf
+
     known = [infer.KnownRoot.of(memory, item.root, item.guest_map) for item in found if item.root.kind == EPT]
     if not known:
         return {}, []
@@ -34,6 +37,16 @@ def search(memory: HostMemory, found: Sequence[Found], examined: Iterable[int]) 
                 name = f"inferred_{revision:#x}" + (f"_{number}" if number else "")
                 kept[name] = (isf.to_isf(inferred), *(f"{address:#x}" for address in sorted(inferred.pages)))
     return kept, list(groups.notes)
+
+
+def unnamed(
+    memory: HostMemory, found: Sequence[Found], named: Iterable[ControlStructure], examined: Iterable[int]
+) -> tuple[dict[str, Kept], list[str]]:
+    """Search if there is an EPT among ``found`` that none of the control structures in ``named`` names."""
+    roots = {structure.root_hpa for structure in named}
+    if all(item.root.kind != EPT or item.root.address in roots for item in found):
+        return {}, []
+    return search(memory, found, examined)
 
 
 def structures(memory: HostMemory, kept: Mapping[str, Kept], physical_bits: int) -> list[ControlStructure]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import logging
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from volatility3.framework import exceptions, interfaces
@@ -134,6 +134,20 @@ class RunsLayer(linear.LinearlyMappedLayer):
             out[start - offset : start - offset + size] = self.memory.read(start, size) or bytes(size)
         return bytes(out)
 
+    def _scan_iterator(
+        self,
+        scanner: interfaces.layers.ScannerInterface,
+        sections: Iterable[tuple[int, int]],
+        linear: bool = False,
+    ) -> Iterable[interfaces.layers.IteratorValue]:
+        """Yield chunks of what is present, whatever runs it lies in.
+
+        Volatility's own iterator of linear layers gives each run to the scanner alone, and what reaches from one into
+        the next is not found.
+        """
+        pieces = (item[:2] for start, size in sections for item in self.mapping(start, size, ignore_errors=True))
+        return interfaces.layers.DataLayerInterface._scan_iterator(self, scanner, _joined(pieces))
+
     def write(self, offset: int, value: bytes) -> None:
         """Refuse: evidence is not altered."""
         vollog.warning("Layer %s is evidence and is never written", self.name)
@@ -142,3 +156,16 @@ class RunsLayer(linear.LinearlyMappedLayer):
     def get_requirements(cls) -> list[interfaces.configuration.RequirementInterface]:
         """The layer below; what else is needed, the subclasses say."""
         return [requirements.TranslationLayerRequirement(name="base_layer", optional=False)]
+
+
+def _joined(pieces: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Join ascending pieces ``(start, length)`` that touch."""
+    begin = end = -1
+    for start, size in pieces:
+        if start != end:
+            if end > begin:
+                yield begin, end - begin
+            begin = start
+        end = start + size
+    if end > begin:
+        yield begin, end - begin
