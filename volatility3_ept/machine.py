@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from volatility3_ept.core import coverage as coverages
-from volatility3_ept.core import guestcpu, nested
-from volatility3_ept.core import walk as walks
+from volatility3_ept.core import guestcpu, guestvirtual, nested
 from volatility3_ept.core.control import ControlStructure
 from volatility3_ept.core.coverage import Coverage
+from volatility3_ept.core.guestvirtual import AddressSpace, Decision
 from volatility3_ept.core.lineage import HostRuns, Line
 from volatility3_ept.core.machines import Machine as Found
 from volatility3_ept.core.memory import Bools, HostMemory, Int64
@@ -29,7 +29,6 @@ from volatility3_ept.export.carve import Carved, Image
 from volatility3_ept.export.plan import Format
 from volatility3_ept.spec import ia32e
 from volatility3_ept.spec.bits import PAGE_SIZE
-from volatility3_ept.spec.ia32e import Ia32Format
 from volatility3_ept.spec.paging import Access
 
 if TYPE_CHECKING:
@@ -172,19 +171,17 @@ class Machine:
         return self.root.walk(self._line.below, gpa)
 
     def translate(
-        self, gpa: int | None = None, *, gva: int | None = None, cr3: int | None = None, vcpu: int = 0
+        self, gpa: int | None = None, *, gva: int | None = None, cr3: int | None = None, vcpu: int | None = None
     ) -> Translation:
         """Return where a guest-physical or a guest-virtual address leads.
 
-        ``cr3`` and ``vcpu`` say whose virtual address it is; without them it is that of the first vCPU.
+        ``cr3`` and ``vcpu`` say whose virtual address it is; without them it is that of :attr:`address_space`.
         """
         if (gpa is None) == (gva is None):
             raise TypeError("translate: give either gpa or gva")
         access, reason = Access.ALL, ""
         if gva is not None:
-            mode, root = self._paging(cr3, vcpu)
-            own = walks.walk(self.memory, mode, root, gva)
-            gpa, access, reason = own.target, own.access, own.reason
+            gpa, access, reason = self._to_gpa(self._space(cr3, vcpu), gva)
         if gpa is None:
             return Translation(gva, None, None, Access.NONE, f"guest: {reason}")
         index = np.array([gpa], dtype=np.int64)
@@ -198,49 +195,69 @@ class Machine:
         return Translation(gva, gpa, hpa, access & outer, present or "mapped" if outer else "recovered")
 
     def read_virtual(
-        self, gva: int, length: int, *, cr3: int | None = None, vcpu: int = 0, fill: bytes | None = None
+        self, gva: int, length: int, *, cr3: int | None = None, vcpu: int | None = None, fill: bytes | None = None
     ) -> bytes:
-        """Return guest-virtual memory, through the page tables at ``cr3``, or those of a vCPU.
+        """Return guest-virtual memory, through the page tables at ``cr3``, those of a vCPU, or :attr:`address_space`.
 
         Raises:
             MissingMemoryError: a page is not there. With ``fill``, one byte, its place is filled with that instead.
         """
-        mode, root = self._paging(cr3, vcpu)
+        space = self._space(cr3, vcpu)
         parts: list[bytes] = []
         while length > 0:
             take = min(length, PAGE_SIZE - gva % PAGE_SIZE)
-            step = walks.walk(self.memory, mode, root, gva)
-            data = None if step.target is None else self.memory.read(step.target, take)
+            gpa, _, reason = self._to_gpa(space, gva)
+            data = None if gpa is None else self.memory.read(gpa, take)
             if data is None and fill is None:
-                raise MissingMemoryError(gva, step.reason)
+                raise MissingMemoryError(gva, reason)
             parts.append(data if data is not None else (fill or b"\0") * take)
             gva, length = gva + take, length - take
         return b"".join(parts)
 
-    def walk_virtual(self, gva: int, *, cr3: int | None = None, vcpu: int = 0) -> nested.TwoDimensional:
-        """Return the two-dimensional walk of one guest-virtual address with every entry that was read."""
-        mode, root = self._paging(cr3, vcpu)
+    def walk_virtual(self, gva: int, *, cr3: int | None = None, vcpu: int | None = None) -> nested.TwoDimensional:
+        """Return the two-dimensional walk of one guest-virtual address with every entry that was read.
+
+        Raises:
+            LookupError: paging is off; :meth:`walk` walks the guest-physical address, which is the same.
+        """
+        space = self._space(cr3, vcpu)
+        if space.mode is None:
+            raise LookupError(f"machine {self.id}: paging is off, a virtual address is the guest-physical one")
+        mode, root = space.at(gva)
         return nested.walk(self._line.below, self.root, self.memory, mode, root, gva)
+
+    @functools.cached_property
+    def address_space(self) -> Decision:
+        """The virtual address space that stands for the guest, and on what evidence; of a pair the kernel's half."""
+        return guestvirtual.of_machine(self.found) if self.found else Decision(None)
 
     def _access(self, gpa: int) -> Access:
         runs = self.host_runs
         return Access(int(runs.accesses[max(int(np.searchsorted(runs.gpas, gpa, side="right")) - 1, 0)]))
 
-    def _paging(self, cr3: int | None, vcpu: int) -> tuple[Ia32Format, int]:
-        """Return the guest's paging mode and CR3: a vCPU's, or what the search found where there is none."""
-        found = self.found
-        if vcpu < len(self.vcpus):
-            state = guestcpu.registers(self.vcpus[vcpu])
-            modes = guestcpu.formats(state)
-            proven, _ = guestcpu.paging(self.memory, state)
-            if proven or modes:
-                return proven or modes[0], state.cr3 if cr3 is None else cr3
-        elif vcpu:
+    def _to_gpa(self, space: AddressSpace, gva: int) -> tuple[int | None, Access, str]:
+        """Return where a guest-virtual address leads in the guest, the rights on the way, and why it ends there."""
+        if space.mode is None:
+            if gva >> 32:
+                return None, Access.NONE, "paging is off: addresses have 32 bits"
+            return gva, Access.ALL, "paging is off; the guest has no memory there that the capture holds"
+        own = guestvirtual.walk(self.memory, space, gva)
+        return own.target, own.access, own.reason
+
+    def _space(self, cr3: int | None, vcpu: int | None) -> AddressSpace:
+        """Return a vCPU's address space, or the one that stands for the guest; with ``cr3`` in that one's mode."""
+        if vcpu is not None and not 0 <= vcpu < len(self.vcpus):
             raise LookupError(f"machine {self.id} has {len(self.vcpus)} vCPUs, numbered from 0")
-        root = cr3 if cr3 is not None else found.guest_cr3 if found else None
-        if root is None:
-            raise LookupError(f"machine {self.id}: no vCPU with paging on is known; give cr3")
-        return (found.paging if found and found.paging else ia32e.four_level()), root
+        state = None if vcpu is None else guestcpu.registers(self.vcpus[vcpu])
+        known = self.address_space if state is None else guestvirtual.of_vcpu(self.memory, state)
+        first = [state] if state else [guestcpu.registers(each) for each in self.vcpus[:1]]
+        space = known.space or (guestvirtual.nominal(first[0]) if first else None)
+        if cr3 is None:
+            if space is None:
+                raise LookupError(f"machine {self.id}: no vCPU's page tables are known ({known}); give cr3")
+            return space
+        mode = space.mode if space and space.mode else ia32e.four_level()
+        return AddressSpace(mode.from_memory, cr3)
 
 
 def read(memory: HostMemory, address: int, length: int, fill: bytes | None, reason: str) -> bytes:

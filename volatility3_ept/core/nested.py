@@ -30,7 +30,7 @@ class Reference:
     @property
     def count(self) -> int:
         """Memory references that this stands for: the nested entries, and the guest's entry if it was reached."""
-        read = self.step is not None and self.step.entry is not None
+        read = self.step is not None and self.step.entry is not None and not self.step.is_held
         return len(self.nested.steps) + int(read)
 
 
@@ -48,6 +48,13 @@ class TwoDimensional:
     reason: str
 
 
+def _nested(below: HostMemory, root: Root, step: Step) -> Walk:
+    """Return the nested walk to a guest's entry; one without references for an entry that the processor holds."""
+    if step.is_held:
+        return Walk(step.entry_address, (), Outcome.MAPPED)
+    return root.walk(below, step.entry_address)
+
+
 def walk(below: HostMemory, root: Root, guest: HostMemory, fmt: Ia32Format, cr3: int, gva: int) -> TwoDimensional:
     """Translate a guest-virtual address.
 
@@ -55,7 +62,7 @@ def walk(below: HostMemory, root: Root, guest: HostMemory, fmt: Ia32Format, cr3:
     the guest's paging mode and its CR3 (PCID and flag bits are ignored).
     """
     inner = walks.walk(guest, fmt, cr3, gva)
-    references = [Reference(step.entry_address, root.walk(below, step.entry_address), step) for step in inner.steps]
+    references = [Reference(step.entry_address, _nested(below, root, step), step) for step in inner.steps]
     if inner.target is None:
         outcome, reason = inner.outcome, f"guest: {inner.reason}"
         stopped = references[-1].nested if references else None

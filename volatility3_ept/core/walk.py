@@ -19,7 +19,11 @@ from volatility3_ept.spec.paging import Access, EntryKind, Format, Level, Outcom
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One entry of a walk: where it lies (in the space that holds the tables), its raw value, what it is."""
+    """One entry of a walk: where it lies (in the space that holds the tables), its raw value, what it is.
+
+    ``is_held``: the processor has it in a register (a PDPTE of PAE) and reads no memory; the address is then the one
+    that CR3 names, whatever is there now.
+    """
 
     level: Level
     entry_address: int
@@ -28,6 +32,7 @@ class Step:
     access: Access = Access.NONE
     state: State = State.PLAIN
     flags: tuple[str, ...] = ()
+    is_held: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +58,7 @@ class Walk:
         last = self.steps[-1] if self.steps else None
         if last is None:
             return f"address {self.address:#x} is wider than the hierarchy translates"
-        where = f"{last.level.name} at {last.entry_address:#x}"
+        where = f"{last.level.name} {'that the processor holds' if last.is_held else f'at {last.entry_address:#x}'}"
         return {
             Outcome.MAPPED: f"by the {where}",
             Outcome.NOT_PRESENT: f"the {where}",
@@ -103,13 +108,18 @@ def _read(
     memory: HostMemory, fmt: Format, dialect: Dialect, level: Level, entry_address: int, address: int
 ) -> tuple[Step, int]:
     """Read and classify one entry; returns it and its value with a hypervisor's tracking undone."""
-    raw = memory.read(entry_address, fmt.entry_bytes)
-    if raw is None:
-        return Step(level, entry_address, None), 0
-    entry = int.from_bytes(raw, "little")
+    held = fmt.held(level)
+    if held:
+        entry = held[level.index(address)]
+    else:
+        raw = memory.read(entry_address, fmt.entry_bytes)
+        if raw is None:
+            return Step(level, entry_address, None), 0
+        entry = int.from_bytes(raw, "little")
     first = address & ~(level.page_size - 1)  # a marker holds the first address that its entry translates
     kind, restored, state = dialect.kind(fmt, entry, level, first)
     own = Access(int(fmt.rights(restored, level)) & int(Access.ALL)) if kind else Access.NONE
     own_bits = dialect.software_bits(fmt)
     flags = fmt.flags(restored & ~own_bits, level) + dialect.software(fmt, entry, level) if entry else ()
-    return Step(level, entry_address, entry, EntryKind(int(kind)), own, State(int(state)), flags), int(restored)
+    step = Step(level, entry_address, entry, EntryKind(int(kind)), own, State(int(state)), flags, bool(held))
+    return step, int(restored)

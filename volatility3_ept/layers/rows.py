@@ -45,7 +45,10 @@ def two_dimensional(walk: TwoDimensional, fmt: Format, guest: Format) -> Iterato
         else:
             name = f"guest {step.level.name}"
             at = reference.nested.target
-            yield 0, _entry(number + inner + 1, name, walk.gva, at, step, guest, f"entry at GPA {reference.gpa:#x}")
+            # An entry that the processor holds is no reference to memory: no number, no address.
+            ref = _none() if step.is_held else number + inner + 1
+            text = "held in the VMCS" if step.is_held else f"entry at GPA {reference.gpa:#x}"
+            yield 0, _entry(ref, name, walk.gva, at, step, guest, text)
         for index, below in enumerate(reference.nested.steps, 1):
             yield 1, _entry(number + index, below.level.name, reference.gpa, below.entry_address, below, fmt)
         number += reference.count
@@ -56,7 +59,7 @@ def two_dimensional(walk: TwoDimensional, fmt: Format, guest: Format) -> Iterato
 
 
 def _entry(
-    number: int, name: str, address: int, where: int | None, step: Step, fmt: Format, result: str = ""
+    number: Any, name: str, address: int, where: int | None, step: Step, fmt: Format, result: str = ""
 ) -> tuple[Any, ...]:
     raw = renderers.UnreadableValue() if step.entry is None else format_hints.Hex(step.entry)
     return number, name, _hex(address), _hex(where), raw, decoded(step, fmt), result or _next(step, fmt)

@@ -8,7 +8,7 @@ Source: Intel SDM Vol. 3A, "Paging", with "Paging-Mode Modifiers", "32-Bit Pagin
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Final
 
 from volatility3_ept.spec import bits, paging
@@ -22,11 +22,10 @@ CACHE_DISABLE: Final = bits.bit(4)
 ACCESSED: Final = bits.bit(5)
 DIRTY: Final = bits.bit(6)
 GLOBAL: Final = bits.bit(8)
-#: PAT is bit 7 in a PTE and bit 12 in a large page, where it must not leak into the address.
-PAT_LARGE: Final = bits.bit(12)
 NO_EXECUTE: Final = bits.bit(63)
 
 CR0_PE: Final = bits.bit(0)
+CR0_ET: Final = bits.bit(4)
 CR0_PG: Final = bits.bit(31)
 CR4_PSE: Final = bits.bit(4)
 CR4_PAE: Final = bits.bit(5)
@@ -45,11 +44,25 @@ _FLAGS: Final = (("US", USER), ("PWT", WRITE_THROUGH), ("PCD", CACHE_DISABLE), (
 
 @dataclass(frozen=True)
 class Ia32Format(paging.Format):
-    """One mode of ordinary paging. ``pae_directory``: the top table is PAE's four PDPTEs, which carry no rights."""
+    """One mode of ordinary paging. ``pae_directory``: the top table is PAE's four PDPTEs, which carry no rights.
+
+    ``pdptes`` are the PDPTEs as the processor holds them; empty where they are to be read at CR3. They belong to one
+    value of CR3 and to no other.
+    """
 
     is_linear: ClassVar[bool] = True
 
     pae_directory: bool = False
+    pdptes: tuple[int, ...] = ()
+
+    def held(self, level: Level) -> tuple[int, ...]:
+        """The four PDPTEs of PAE, where they are known (SDM Vol. 3A, "PAE Paging", "PDPTE Registers")."""
+        return self.pdptes if level is self.levels[0] else ()
+
+    @property
+    def from_memory(self) -> Ia32Format:
+        """The same mode with every table in memory, as it is for any other value of CR3."""
+        return replace(self, pdptes=()) if self.pdptes else self
 
     def present(self, entry: Entries) -> Entries:
         """Bit 0."""
@@ -125,9 +138,14 @@ def five_level(physical_bits: int = bits.MAX_PHYSICAL_BITS, key_bits: int = 0) -
     return Ia32Format("5-level", paging.FIVE_LEVELS, physical_bits, key_bits)
 
 
-def pae(physical_bits: int = bits.MAX_PHYSICAL_BITS) -> Ia32Format:
-    """Return PAE paging: four PDPTEs at the 32-byte aligned address in CR3, then PD and PT."""
-    return Ia32Format("PAE", _PAE_LEVELS, physical_bits, root_mask=_PAE_ROOT, pae_directory=True)
+def pae(physical_bits: int = bits.MAX_PHYSICAL_BITS, pdptes: tuple[int, ...] = ()) -> Ia32Format:
+    """Return PAE paging: four PDPTEs at the 32-byte aligned address in CR3, then PD and PT.
+
+    ``pdptes`` are the four as the processor holds them: it loads them when CR3 is written, and looks at memory no more.
+    """
+    if len(pdptes) not in (0, 4):
+        raise ValueError(f"PAE has four PDPTEs, not {len(pdptes)}")
+    return Ia32Format("PAE", _PAE_LEVELS, physical_bits, root_mask=_PAE_ROOT, pae_directory=True, pdptes=pdptes)
 
 
 def legacy(large_pages: bool = True) -> Ia32Format:
@@ -140,8 +158,8 @@ def guest_format(cr0: int, cr4: int, efer: int, physical_bits: int = bits.MAX_PH
     """Return the paging mode that these registers select; None when paging is off.
 
     Long mode is taken from EFER.LMA, or from EFER.LME where a hypervisor left LMA stale. A control structure whose
-    EFER was never saved reads 0 there: with PAE on, the caller must then decide by what parses
-    (see :func:`.candidates`). Source: SDM Vol. 3A, "Four Paging Modes".
+    EFER was never saved reads 0 there: with PAE on, the caller must then decide by what parses.
+    Source: SDM Vol. 3A, "Four Paging Modes".
     """
     if not cr0 & CR0_PG:
         return None

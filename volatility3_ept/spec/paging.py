@@ -166,6 +166,10 @@ class Format(ABC):
     def flags(self, entry: int, level: Level) -> tuple[str, ...]:
         """Name the architectural bits that are set, beside the rights and the address."""
 
+    def held(self, level: Level) -> tuple[int, ...]:
+        """Return the entries of this level that the processor holds in registers; empty where it reads memory."""
+        return ()
+
     def is_leaf(self, entry: Entries, level: Level) -> Entries:
         """Tell whether a present entry maps a page at this level."""
         if level is self.levels[-1]:

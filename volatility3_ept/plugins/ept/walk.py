@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -14,9 +15,11 @@ from volatility3_ept.layers import discovery, errors, options, rows, target
 from volatility3_ept.layers.hints import Bytes
 
 if TYPE_CHECKING:
-    from volatility3_ept.core.guestcpu import Registers
+    from volatility3_ept.core.guestvirtual import AddressSpace
     from volatility3_ept.layers.target import Target
     from volatility3_ept.spec.ia32e import Ia32Format
+
+vollog = logging.getLogger(__name__)
 
 _MODES = {"32-bit": "legacy", "pae": "pae", "4-level": "four_level", "5-level": "five_level"}
 
@@ -41,7 +44,9 @@ class Walk(options.SharedOptions, interfaces.plugins.PluginInterface):
             text(name="gva", description="Guest-virtual address to walk in two dimensions", optional=True),
             text(name="cr3", description="CR3 for --gva; without it the vCPU's", optional=True),
             requirements.IntRequirement(
-                name="vcpu", description="Number of the vCPU whose registers --gva uses", default=0, optional=True
+                name="vcpu",
+                description="Number of the vCPU for --gva; else the one with most of a kernel",
+                optional=True,
             ),
             requirements.ChoiceRequirement(
                 choices=list(_MODES), name="paging", description="The guest's paging mode for --gva", optional=True
@@ -98,38 +103,49 @@ class Walk(options.SharedOptions, interfaces.plugins.PluginInterface):
 
         gva = target.number(self.config["gva"], "--gva")
         chosen = target.only(self._targets(), "--gva")
-        state = self._registers(chosen)
-        cr3_text = self.config.get("cr3", None)
-        if cr3_text is None and state is None:
-            raise errors.GuestError("--gva: no control structure of this machine gives CR3; give it with --cr3")
-        cr3 = target.number(cr3_text, "--cr3") if cr3_text is not None else state.cr3 if state else 0
-        fmt = self._paging(chosen, state)
+        fmt, cr3 = self._tables(chosen, gva)
         walk = nested.walk(chosen.below, chosen.root, chosen.memory, fmt, cr3, gva)
         return list(rows.two_dimensional(walk, chosen.root.format, fmt))
 
-    def _registers(self, chosen: Target) -> Registers | None:
-        """Return the registers of the vCPU that was asked for; None for a root without control structures."""
-        from volatility3_ept.core import guestcpu
-
-        vcpus = chosen.machine.vcpus if chosen.machine else ()
-        number = self.config.get("vcpu", 0) or 0
-        if number and number >= len(vcpus):
-            raise errors.GuestError(f"--vcpu {number}: machine {chosen.id} has {len(vcpus)} (numbered from 0)")
-        return guestcpu.registers(vcpus[number]) if vcpus else None
-
-    def _paging(self, chosen: Target, state: Registers | None) -> Ia32Format:
-        """Return the guest's paging mode: the one given, the one its registers give, or 4-level."""
-        from volatility3_ept.core import guestcpu
+    def _tables(self, chosen: Target, gva: int) -> tuple[Ia32Format, int]:
+        """Return the paging mode and the CR3 for an address: what the options give, else what the vCPUs have."""
         from volatility3_ept.spec import ia32e
 
-        given = self.config.get("paging", None)
-        if given is not None:
-            mode: Ia32Format = getattr(ia32e, _MODES[given])()
-            return mode
-        if state is None:
-            return ia32e.four_level()
-        proven, _ = guestcpu.paging(chosen.memory, state)
-        modes = guestcpu.formats(state)
-        if proven is None and not modes:
-            raise errors.GuestError("--gva: paging is off in this vCPU; its virtual addresses are guest-physical ones")
-        return proven or modes[0]
+        given, cr3_text = self.config.get("paging", None), self.config.get("cr3", None)
+        mode: Ia32Format | None = getattr(ia32e, _MODES[given])() if given is not None else None
+        cr3 = target.number(cr3_text, "--cr3") if cr3_text is not None else None
+        if mode is not None and cr3 is not None:
+            return mode, cr3
+        space = self._space(chosen)
+        if cr3 is None:
+            if space is None:
+                raise errors.GuestError("--gva: no control structure of this machine gives CR3; give it with --cr3")
+            if mode is not None:
+                return mode, space.user_cr3 or space.cr3
+            if space.mode is None:
+                raise errors.GuestError(
+                    "--gva: paging is off in this vCPU; its virtual addresses are guest-physical ones"
+                )
+            return space.at(gva)
+        return (space.mode.from_memory if space and space.mode else ia32e.four_level()), cr3
+
+    def _space(self, chosen: Target) -> AddressSpace | None:
+        """Return the address space of the vCPU that was asked for, or the one that stands for the machine.
+
+        Where nothing translates in it, its registers count all the same: the walk then says why. None for a root
+        without control structures.
+        """
+        from volatility3_ept.core import guestvirtual
+
+        if chosen.machine is None:
+            return None
+        states = guestvirtual.states(chosen.machine)
+        number = self.config.get("vcpu", None)
+        if number is None:
+            found = guestvirtual.of_machine(chosen.machine)
+        elif 0 <= number < len(states):
+            found, states = guestvirtual.of_vcpu(chosen.memory, states[number]), states[number:]
+        else:
+            raise errors.GuestError(f"--vcpu {number}: machine {chosen.id} has {len(states)} (numbered from 0)")
+        vollog.info("Machine %s: %s", chosen.id, found)
+        return found.space or (guestvirtual.nominal(states[0]) if states else None)
