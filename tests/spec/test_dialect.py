@@ -11,6 +11,7 @@ from volatility3_ept.spec.paging import PDE, PDPTE, PML4E, PTE, Access, EntryKin
 
 E, N = ept.EPT_4, npt.NPT_4
 N48 = npt.npt_format(4, 48)
+N51 = npt.npt_format(4, key_bits=1 << 51)
 E40 = ept.ept_format(4, 40)
 MBEC = ept.ept_format(4, mode_based_execute=True)
 ABSENT, TABLE, LEAF, REFUSED, MMIO = EntryKind
@@ -29,6 +30,8 @@ CASES = {
     "NPT MMIO, captured, author unknown": (GENERIC, N, PTE, 0x0008_0000_000C_0037, 0xC_0000, MMIO, PLAIN),
     "NPT MMIO, MAXPHYADDR known": (GENERIC, N48, PTE, 0x0008_0000_FEC0_0037, 0xFEC0_0000, MMIO, PLAIN),
     "NPT MMIO, C-bit and all reserved bits": (KVM, N, PTE, 0x000F_8000_FEC0_0037, 0xFEC0_0000, MMIO, PLAIN),
+    "NPT MMIO, the C-bit is bit 51": (GENERIC, N51, PTE, 0x000F_F800_FEC0_0037, 0xFEC0_0000, MMIO, PLAIN),
+    "NPT page at its own number with that C-bit": (GENERIC, N51, PTE, 0x0008_0000_0012_3067, 0x12_3000, LEAF, PLAIN),
     "NPT bit 51 at another gpa is no marker": (GENERIC, N48, PTE, 0x0008_0000_FEC0_0037, 0xC_0000, REFUSED, PLAIN),
     # KVM's other entries without a page
     "frozen": (KVM, E, PTE, 0x5A0, 0, ABSENT, PLAIN),

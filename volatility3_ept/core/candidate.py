@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from volatility3_ept.core import backing, guestcpu, physaddr
+from volatility3_ept.core import backing, confidential, guestcpu, keybits, physaddr
 from volatility3_ept.core.backing import Recovery
 from volatility3_ept.core.control import ControlStructure, Criterion, Verdict
 from volatility3_ept.core.gpamap import GuestMap
@@ -72,16 +72,19 @@ def roots(structure: ControlStructure, physical_bits: int) -> list[Root]:
 
 def judge(below: HostMemory, root: Root, structures: Sequence[ControlStructure]) -> Candidate:
     """Walk a root and weigh what is found. ``below`` holds the tables and the frames."""
-    resolved = root.resolved(below)
+    resolved = keybits.resolved(below, root).resolved(below)
     guest_map = resolved.traverse(below)
     memory = guest_map.memory(below)
     paging, parses = _guest_tables(memory, structures)
     tables = _tables(below, resolved, guest_map, memory)
     best = max(structures, key=lambda s: s.score, default=None)
+    encrypted = confidential.technology(below, structures)
     evidence = (
         *((_control(best, len(structures)),) if best else ()),
         parses,
         *tables,
+        *((encrypted,) if encrypted else ()),
+        *keybits.evidence(resolved),
         Criterion("dialect", None, f"entries as {resolved.dialect} writes them"),
         Criterion("MAXPHYADDR", None, str(physaddr.derive(below, guest_map, resolved))),
     )

@@ -8,6 +8,7 @@ from enum import Enum
 from typing import Final, Literal
 
 from volatility3_ept.core.layouts import Layout
+from volatility3_ept.spec import vmcb
 
 Kind = Literal["VMCS", "VMCB"]
 
@@ -95,8 +96,16 @@ class ControlStructure:
         return self.root_hpa != 0
 
     @property
+    def holds_registers(self) -> bool:
+        """Tell whether the guest's registers are here: those of an SEV-ES guest are in a VMSA that is encrypted."""
+        control = self.fields.get("NP_SEV_CONTROL", 0) if self.kind == "VMCB" else 0
+        return control & vmcb.ENCRYPTED_STATE != vmcb.ENCRYPTED_STATE
+
+    @property
     def guest_cr3(self) -> int | None:
-        """CR3 of the guest, a guest-physical address with its PCID and flag bits."""
+        """CR3 of the guest, a guest-physical address with its PCID and flag bits; None where it is not to be read."""
+        if not self.holds_registers:
+            return None
         return self.fields.get("GUEST_CR3" if self.kind == "VMCS" else "CR3")
 
     @property

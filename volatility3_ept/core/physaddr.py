@@ -42,6 +42,8 @@ def derive(memory: HostMemory, guest_map: GuestMap, root: Root) -> Width:
         if virtualbox.size:
             width = _lowest_of_top_ones(int(virtualbox[0]))
             return Width(width, width, "VirtualBox's markers set all bits above it")
+    elif root.key_bit:
+        return Width(low, max(root.key_bit, low), f"memory needs the first, and bit {root.key_bit} is the C-bit")
     elif (markers >> np.uint64(51) & np.uint64(1)).any():
         return Width(low, 51, "memory needs the first, a marker uses reserved bit 51")
     return Width(low, bits.MAX_PHYSICAL_BITS, "memory needs the first")

@@ -56,6 +56,11 @@ class Portrait:
         return self.line.machine.system if self.line.machine else "unknown"
 
     @property
+    def confidential(self) -> tuple[str, ...]:
+        """What says that some of the memory is ciphertext in the capture."""
+        return self.line.machine.confidential if self.line.machine else ()
+
+    @property
     def facts(self) -> str:
         """The root and the slots in one line."""
         machine = self.line.machine
@@ -73,6 +78,7 @@ class Portrait:
         """What the traversal and the recovery have to say; the same in every run."""
         said = list(self.line.maps[0].findings.notes)
         machine = self.line.machine
+        said += self.confidential
         recovery = machine.recovery if machine else None
         if recovery is None:
             said.append("pages that EPT or NPT lacks were not looked for")

@@ -119,8 +119,8 @@ class Finder:
         width = min(self.physical_bits, max(self.memory.top.bit_length() + _MISSING_BITS, 40))
         # A guest's own tables name guest-physical addresses, which this memory does not bound.
         guest = min(self.physical_bits, max(width, _GUEST_BITS))
-        key = bits.field(51, self.key_bit) if self.key_bit else 0
-        self._formats = (replace(ept.EPT_4, physical_bits=width, key_bits=key), ia32e.four_level(guest, key))
+        key, c_bit = (bits.field(51, self.key_bit), bits.bit(self.key_bit)) if self.key_bit else (0, 0)
+        self._formats = (replace(ept.EPT_4, physical_bits=width, key_bits=key), ia32e.four_level(guest, c_bit))
 
     def see(self, addresses: Int64, rows: Words) -> None:
         """Take in some pages."""

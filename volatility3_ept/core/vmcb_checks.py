@@ -132,7 +132,8 @@ def _vmsa(view: _View) -> Criterion:
     if not view.is_encrypted:
         return Criterion("VMSA", None, "guest state is not encrypted", 3)
     value = view.values["VMSA_POINTER"]
-    return Criterion("VMSA", bool(value) and not value & _PAGE_OFFSET, f"{value:#x}", 3)
+    held = bool(value & _FRAME) and not value & _PAGE_OFFSET and not value >> view.limits.maxphyaddr
+    return Criterion("VMSA", held, f"{value:#x}", 3)
 
 
 def _saved(

@@ -84,6 +84,8 @@ def _vmcb(name: str, value: int) -> str:
         return vmcb.TLB_CONTROLS.get(value, "reserved")
     if name == "NP_SEV_CONTROL":
         return " ".join(flag.name or "" for flag in vmcb.NestedControl if value & flag)
+    if name in ("ALLOWED_SEV_FEATURES", "GUEST_SEV_FEATURES"):
+        return " ".join(flag.name or "" for flag in vmcb.SevFeatures if value & flag)
     if name.endswith("_ATTRIB"):
         return _rights(vmcb.SegmentAttributes(value))
     return ""

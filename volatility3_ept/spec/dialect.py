@@ -65,7 +65,8 @@ class Dialect:
             return kvm | virtualbox
         if fmt.entry_bytes == 4:
             return entry != entry
-        top_bit = (entry & bits.bit(51)) != 0
+        # With the C-bit in bit 51 the reserved bits end below it (Linux arch/x86/kvm/svm/svm.c, svm_adjust_mmio_mask).
+        top_bit = (entry & bits.bit(50 if fmt.key_bits & bits.bit(51) else 51)) != 0
         return ((entry & ia32e.PRESENT) != 0) & top_bit & own_number
 
     def restore(self, fmt: Format, entry: Entries, level: Level) -> tuple[Entries, Entries]:

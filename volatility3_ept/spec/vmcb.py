@@ -23,7 +23,7 @@ NP_SEV_CONTROL: Final = 0x90
 EVENTINJ: Final = 0xA8
 N_CR3: Final = 0xB0
 VMSA_POINTER: Final = 0x108
-# State save area.
+#: State save area; nothing of the guest's in one with encrypted state.
 SAVE_AREA: Final = 0x400
 CPL: Final = 0x4CB
 EFER: Final = 0x4D0
@@ -52,6 +52,24 @@ class NestedControl(IntFlag):
     TRANSPARENT_ENCRYPTION = bit(5)
     READ_ONLY_GUEST_TABLES = bit(6)
     INVLPGB_ENABLE = bit(7)
+
+
+#: A guest whose registers are encrypted: the three controls that this takes together.
+ENCRYPTED_STATE: Final = int(NestedControl.NP_ENABLE | NestedControl.SEV | NestedControl.SEV_ES)
+#: SEV_FEATURES bit 0, SNPActive, in the VMSA (3B0H), and GUEST_SEV_FEATURES of the VMCB (140H), which repeats them.
+SNP_ACTIVE: Final = bit(0)
+
+
+class SevFeatures(IntFlag):
+    """SEV_FEATURES, 3B0H in the VMSA, and GUEST_SEV_FEATURES, 140H in the VMCB."""
+
+    SNP_ACTIVE = SNP_ACTIVE
+    VTOM = bit(1)
+    REFLECT_VC = bit(2)
+    RESTRICTED_INJECTION = bit(3)
+    ALTERNATE_INJECTION = bit(4)
+    DEBUG_SWAP = bit(5)
+    SECURE_TSC = bit(9)
 
 
 class Misc1(IntFlag):

@@ -89,7 +89,7 @@ class Map(options.SharedOptions, interfaces.plugins.PluginInterface):
         none = renderers.NotApplicableValue()
         for item in shown:
             totals, memory = item.coverage.totals(), item.memory
-            text = "; ".join([item.summary(), *portrait.shared_text(item.shared)])
+            text = "; ".join([item.summary(), *item.confidential, *portrait.shared_text(item.shared)])
             top = item.coverage.top
             yield 0, (item.id, "all below the top", format_hints.Hex(0), Bytes(top), none, none, text)
             parts = [] if self.config["totals"] else list(item.parts())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from volatility3.framework import interfaces, renderers
 from volatility3.framework.configuration import requirements
@@ -11,6 +11,9 @@ from volatility3.framework.renderers import format_hints
 
 import volatility3_ept.automagic  # noqa: F401  (registers --guest)
 from volatility3_ept.layers import discovery, errors, folder, options, target
+
+if TYPE_CHECKING:
+    from volatility3_ept.core.control import ControlStructure
 
 
 class Vmcs(options.SharedOptions, interfaces.plugins.PluginInterface):
@@ -71,15 +74,10 @@ class Vmcs(options.SharedOptions, interfaces.plugins.PluginInterface):
         }
         if not inferred:
             raise errors.EptError(f"--save-layouts {name}: no layout had to be inferred in this capture")
-        path = folder.inside(folder.output(self), name, "--save-layouts")
-        try:
-            output.write_texts(path, {f"{layout}.json": text for layout, text in inferred.items()})
-        except output.OutputError as error:
-            raise errors.EptError(f"--save-layouts {name}: {error}") from None
+        texts = {f"{layout}.json": text for layout, text in inferred.items()}
+        folder.fill(self, name, "--save-layouts", lambda path: output.write_texts(path, texts), output.OutputError)
 
     def _generator(self, found: list[target.Target]) -> Iterator[tuple[int, tuple[Any, ...]]]:
-        from volatility3_ept.spec import describe
-
         words = [word.upper() for word in self.config.get("field", None) or []]
         for chosen in found:
             for number, vcpu in enumerate(chosen.machine.vcpus if chosen.machine else ()):
@@ -101,6 +99,15 @@ class Vmcs(options.SharedOptions, interfaces.plugins.PluginInterface):
                             name,
                             format_hints.Hex(field.offset),
                             format_hints.Hex(field.read(vcpu.raw)),
-                            describe.field(vcpu.kind, name, value),
+                            _decoded(vcpu, name, value),
                         ),
                     )
+
+
+def _decoded(vcpu: ControlStructure, name: str, value: int) -> str:
+    """Say what a field means. The save area of an SEV-ES guest holds nothing of the guest's."""
+    from volatility3_ept.spec import describe, vmcb
+
+    if not vcpu.holds_registers and vcpu.table and vcpu.table.fields[name].offset >= vmcb.SAVE_AREA:
+        return "not the guest's: its registers are in the encrypted VMSA"
+    return describe.field(vcpu.kind, name, value)
