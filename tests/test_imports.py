@@ -23,6 +23,9 @@ RULES = {
     "plugins": ({"numpy", "volatility3"}, {"automagic", "layers", "core", "export", "spec"}),
 }
 
+#: Libraries that one module alone may use, and imports only when it is called: ``vol`` starts without them.
+LAZY = {"volatility3_ept/core/pe.py": {"pefile"}}
+
 
 def modules(*rooms: str) -> list[Path]:
     """Return the source files of these rooms."""
@@ -62,7 +65,23 @@ def test_a_module_imports_only_what_its_room_may(path):
         if top == OURS:
             assert not rest or rest[0] in rooms | {"__version__"}, f"{name(path)} imports {module}"
         else:
-            assert top in STDLIB or top in packages, f"{name(path)} imports {module}"
+            allowed = {*packages, *LAZY.get(name(path), ())}
+            assert top in STDLIB or top in allowed, f"{name(path)} imports {module}"
+
+
+@pytest.mark.parametrize("path", [ROOT / path for path in LAZY], ids=name)
+def test_a_library_of_one_module_is_imported_when_it_is_called(path):
+    tree = ast.parse(path.read_text())
+    blocks = (ast.FunctionDef, ast.AsyncFunctionDef)
+    called = {id(node) for block in ast.walk(tree) if isinstance(block, blocks) for node in ast.walk(block)}
+    for node in tree.body:
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            called |= {id(inner) for inner in ast.walk(node)}
+    found = [n for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom) and id(n) not in called]
+    names = {alias.name.split(".")[0] for n in found for alias in n.names} | {
+        n.module for n in found if hasattr(n, "module")
+    }
+    assert names.isdisjoint(LAZY[name(path)])
 
 
 @pytest.mark.parametrize("path", modules("plugins"), ids=name)
