@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from volatility3_ept.core import descent
 from volatility3_ept.core.likeness import Found, NearMiss
-from volatility3_ept.core.memory import HostMemory, Int64
+from volatility3_ept.core.memory import Bools, HostMemory, Int64
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,13 @@ class Claim:
         index = int(self.starts.searchsorted(address, side="right")) - 1
         return index >= 0 and address < int(self.ends[index])
 
+    def holding(self, addresses: Int64) -> Bools:
+        """Tell which pages are the guest's."""
+        if not self.starts.size:
+            return np.zeros(addresses.shape, dtype=np.bool_)
+        index = np.searchsorted(self.starts, addresses, side="right") - 1
+        return (index >= 0) & (addresses < self.ends[np.maximum(index, 0)])
+
     def claims(self, other: Claim) -> bool:
         """Tell whether another root's tables lie in this one's guest, and not, by a better right, the other way."""
         if other is self or not self.holds(other.address):
@@ -50,6 +59,11 @@ class Claim:
 def inside(owner: Found) -> str:
     """Say why a root is none of this memory."""
     return f"lies in the memory of the guest of {owner.root}"
+
+
+def lie_inside(owner: Found) -> str:
+    """Say the same of many."""
+    return f"lie in the memory of the guest of {owner.root}: none of this memory's, and not judged here"
 
 
 def settled(memory: HostMemory, claims: list[Claim]) -> tuple[list[Found], list[NearMiss]]:

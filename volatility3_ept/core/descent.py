@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from volatility3_ept.core import mask
 from volatility3_ept.core.memory import Bools, HostMemory, Int64
 from volatility3_ept.core.tables import BATCH_PAGES, MIN_INSIDE, classify
 from volatility3_ept.spec import ept
+from volatility3_ept.spec.bits import PAGE_SHIFT
 from volatility3_ept.spec.paging import Format, Level
 
 #: Counts: of integers, or sums of them, which numpy returns as floats.
@@ -23,6 +25,9 @@ Numbers = npt.NDArray[Any]
 #: Tables below one table, and below one root at each level, that are looked at.
 _PER_TABLE = 6
 _PER_ROOT = 16
+#: Candidates that are followed together.
+_TOGETHER = 1 << 15
+_FRAME_BITS = 40
 #: Share of present entries that hardware may refuse: damage and smear.
 MAX_REFUSED = 0.05
 #: Share of a nested hierarchy's pages that users may reach. In Xen's some tables may lack the bit for a while.
@@ -43,7 +48,13 @@ class Descent:
 
 
 def descend(memory: HostMemory, fmt: Format, roots: Int64) -> Descent:
-    """Follow a sample of each candidate's tables down to the last level, all candidates together."""
+    """Follow a sample of each candidate's tables down to the last level, many candidates together."""
+    parts = [_descend(memory, fmt, roots[i : i + _TOGETHER]) for i in range(0, max(roots.size, 1), _TOGETHER)]
+    return Descent(*(np.concatenate(column) for column in zip(*((p.roots, p.leaves, p.inside, p.empty) for p in parts),
+                                                              strict=True)))  # fmt: skip
+
+
+def _descend(memory: HostMemory, fmt: Format, roots: Int64) -> Descent:
     owners, tables = np.arange(roots.size), roots
     leaves, held, total = (np.zeros(roots.size, dtype=np.int64) for _ in range(3))
     alive = np.ones(roots.size, dtype=np.bool_)
@@ -147,11 +158,9 @@ def _below(owners: Int64, index: Int64, seen: _Seen, alive: Bools) -> tuple[Int6
 
 def _sampled(owners: Int64, tables: Int64) -> tuple[Int64, Int64]:
     """Return some distinct tables of each owner."""
-    order = np.lexsort((tables, owners))
-    owners, tables = owners[order], tables[order]
-    new = np.ones(owners.size, dtype=np.bool_)
-    new[1:] = (owners[1:] != owners[:-1]) | (tables[1:] != tables[:-1])
-    return _spread(owners[new], tables[new], _PER_ROOT)
+    # One number for both: page numbers have 40 bits, and of candidates there are no more than fit beside them.
+    pairs = mask.distinct(owners << _FRAME_BITS | tables >> PAGE_SHIFT)
+    return _spread(pairs >> _FRAME_BITS, (pairs & ((1 << _FRAME_BITS) - 1)) << PAGE_SHIFT, _PER_ROOT)
 
 
 def upper(memory: HostMemory, fmt: Format, root: int, rungs: int = 2) -> Int64:

@@ -6,12 +6,13 @@ can make a search shorter and never a result wrong. It is JSON: nothing in it is
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 #: Change it when the meaning of a field changes: an index of another format is not read.
-FORMAT = 3
+FORMAT = 4
 
 
 @dataclass(frozen=True)
@@ -19,10 +20,10 @@ class Index:
     """The outcome of one search. Addresses are of the memory that was searched.
 
     ``structures``: pages that were examined as VMCS or VMCB. ``pages``: how many were searched. ``systems``: what runs
-    behind each root, by its name; ``slots``: the memory slots in its VMM's address space, as text, none where no VMM
-    was found. ``found``: the roots that page tables alone gave in the capture (empty name) and in each machine, as
-    rows that :mod:`.structural` reads. ``inferred``: layouts of unknown processors, as :mod:`.unknown` keeps them.
-    ``notes``: what the search said it had cut short.
+    behind each root, by its name, as a row that :mod:`.identify` reads; ``slots``: the memory slots in its VMM's
+    address space, as text, none where no VMM was found. ``found``: the roots that page tables alone gave in the
+    capture (empty name) and in each machine, as rows that :mod:`.structural` reads. ``inferred``: layouts of unknown
+    processors, as :mod:`.unknown` keeps them. ``notes``: what the search said it had cut short.
     """
 
     structures: tuple[int, ...] = ()
@@ -35,28 +36,29 @@ class Index:
 
     def to_json(self, key: str) -> str:
         """Return the text to keep; ``key`` names the capture, the options and the version it belongs to."""
-        return json.dumps(
-            {
-                "format": FORMAT,
-                "key": key,
-                "structures": list(self.structures),
-                "pages": self.pages,
-                "systems": dict(self.systems),
-                "slots": dict(self.slots),
-                "found": dict(self.found),
-                "inferred": dict(self.inferred),
-                "notes": list(self.notes),
-            }
-        )
+        data = {
+            "format": FORMAT,
+            "key": key,
+            "structures": list(self.structures),
+            "pages": self.pages,
+            "systems": dict(self.systems),
+            "slots": dict(self.slots),
+            "found": dict(self.found),
+            "inferred": dict(self.inferred),
+            "notes": list(self.notes),
+        }
+        return json.dumps({**data, "sum": _sum(data)})
 
     @classmethod
     def from_json(cls, text: str, key: str) -> Index | None:
         """Return the index that a text holds; None when it is damaged, of another format, or for another key."""
         try:
             data = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
         if not isinstance(data, dict) or data.get("format") != FORMAT or data.get("key") != key:
+            return None
+        if data.pop("sum", None) != _sum(data):
             return None
         structures, pages, systems, notes = (data.get(name) for name in ("structures", "pages", "systems", "notes"))
         slots, found, inferred = (_lists(data.get(name)) for name in ("slots", "found", "inferred"))
@@ -69,6 +71,11 @@ class Index:
         if slots is None or found is None or inferred is None or not isinstance(notes, list) or not _texts(notes):
             return None
         return cls(tuple(structures), pages, systems, slots, found, inferred, tuple(notes))
+
+
+def _sum(data: Mapping[str, object]) -> str:
+    """Return a check sum of everything: a changed byte must not change where a search looks."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
 def _lists(value: object) -> dict[str, tuple[str, ...]] | None:

@@ -74,7 +74,13 @@ class Layout:
 
 def parse_isf(name: str, text: str) -> Layout:
     """Read one ISF table that holds a single structure; raise ValueError when it holds none, or several."""
-    table = json.loads(text)
+    try:
+        return _parse(name, json.loads(text))
+    except (KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{name}: no table of a control structure ({error!r})") from error
+
+
+def _parse(name: str, table: Mapping[str, Any]) -> Layout:
     structures = table["user_types"]
     if len(structures) != 1:
         raise ValueError(f"{name}: one structure expected, {len(structures)} found")
@@ -84,13 +90,16 @@ def parse_isf(name: str, text: str) -> Layout:
         key: Field(int(value["offset"]), _size_of(value["type"], sizes))
         for key, value in sorted(structure["fields"].items(), key=lambda item: int(item[1]["offset"]))
     }
+    size = int(structure["size"])
+    if not all(0 <= field.offset <= size - field.size and field.size > 0 for field in fields.values()):
+        raise ValueError(f"{name}: a field lies outside the structure")
     details = dict(table["metadata"]["producer"]["layout"])
     stored = details.get("access_rights")
     return Layout(
         name=name,
         revision_ids=frozenset(_revision_ids(table["symbols"])),
         ar_format=AccessRightsFormat(stored) if stored else None,
-        size=int(structure["size"]),
+        size=size,
         fields=MappingProxyType(fields),
         provenance=MappingProxyType(details),
         is_software=bool(details["is_software"]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from volatility3_ept.core import confidential
 from volatility3_ept.core.backing import Recovery
 from volatility3_ept.core.candidate import Candidate
 from volatility3_ept.core.control import ControlStructure, Criterion
@@ -53,6 +54,17 @@ class Machine:
     children: tuple[Machine, ...] = ()
     recovery: Recovery | None = None
     guest_cr3: int | None = None
+
+    @property
+    def spaces(self) -> tuple[int, ...]:
+        """Values of CR3 of the guest: those of its vCPUs, then the one that its page tables gave away."""
+        known = [vcpu.guest_cr3 for vcpu in self.vcpus] + [self.guest_cr3]
+        return tuple(dict.fromkeys(cr3 for cr3 in known if cr3 is not None))
+
+    @property
+    def confidential(self) -> tuple[str, ...]:
+        """What says that the host cannot read all of the guest, in sentences; empty for an ordinary machine."""
+        return confidential.notes(self.evidence)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Machine:
         """Return itself: nothing in it changes."""

@@ -7,13 +7,15 @@ finds the roots of the hypervisor in that guest.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 
 from volatility3_ept.core import claims, descent, leaves, likeness, tables
 from volatility3_ept.core.claims import Claim
+from volatility3_ept.core.descent import Descent
 from volatility3_ept.core.likeness import Certainty, Found, NearMiss
 from volatility3_ept.core.memory import HostMemory, Int64
 from volatility3_ept.core.root import EPT, NPT, Root
@@ -35,8 +37,12 @@ MAX_WASTED_TABLES = 1 << 15
 #: hierarchy to judge among 20,000.
 _PAGES_PER_TABLE = 64
 _PAGES_PER_JUDGED = 1 << 13
-#: While no more candidates than this wait, those inside a guest already found are judged too, and reported as such.
+#: While no more candidates than this wait, those inside a guest already found are judged too, and reported as such;
+#: of more, so many are reported.
 _FEW_WAITING = 16
+_FEW_REPORTED = 256
+#: Candidates within this many bytes of each other count as one crowd.
+_AROUND = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -86,43 +92,96 @@ def search(
 def judge(memory: HostMemory, tops: Tops, physical_bits: int = bits.MAX_PHYSICAL_BITS, key_bit: int = 0) -> RootScan:
     """Follow the pages that a pass kept, and decide. For a caller that makes the pass together with another one."""
     court = _Court(memory, tops.linear)
-    waiting = _waiting(memory, tops, physical_bits, key_bit, court.notes)
-    for number, readings in enumerate(waiting):
-        if len(waiting) - number > _FEW_WAITING and court.dismisses(readings[0]):
+    followed = _followed(memory, tops, physical_bits, key_bit, court.notes)
+    waiting = _waiting(memory, followed)
+    left = np.ones(waiting.size, dtype=np.bool_)
+    for number, address in enumerate(waiting.tolist()):
+        if not left[number]:
             continue
         if court.exhausted:
-            court.notes.append(f"{len(waiting) - number} more tables read as hierarchies and were not judged")
+            court.notes.append(f"{int(left[number:].sum())} more tables read as hierarchies and were not judged")
             break
-        court.hear(readings)
+        owner = court.hear([item.root(address) for item in followed if item.has(address)])
+        if owner is not None and not owner.maps_itself and int(left[number:].sum()) > _FEW_WAITING:
+            inside = np.flatnonzero(left & owner.holding(waiting))
+            left[inside] = False
+            court.dismiss(waiting[inside[inside > number]], followed, owner)
     kept, dropped = claims.settled(memory, court.accepted)
     return RootScan(tuple(sorted(kept, key=lambda f: f.root.address)), (*court.rejected, *dropped), tuple(court.notes))
 
 
-def _waiting(memory: HostMemory, tops: Tops, physical_bits: int, key_bit: int, notes: list[str]) -> list[list[Root]]:
-    """Return the candidates in the order in which to judge them, each with its possible readings, EPT first.
+def with_key(memory: HostMemory, plain: RootScan, physical_bits: int, key_bit: int) -> RootScan:
+    """Add to the roots without a key those with one in address bit ``key_bit`` (0: there is none to look for)."""
+    if not key_bit:
+        return plain
+    keyed = search(memory, physical_bits, key_bit=key_bit)
+    both = {item.root.address: item for item in (*plain.found, *keyed.found)}
+    ordered = tuple(both[address] for address in sorted(both))
+    return replace(plain, found=ordered, notes=tuple(dict.fromkeys((*plain.notes, *keyed.notes))))
 
-    A table that many others name comes first: copies and fakes refer to it, and fall with it.
-    """
+
+class _Reading(NamedTuple):
+    """One way to read top tables, and the tables that can be read so: addresses, ascending."""
+
+    pattern: Root
+    found: Descent
+
+    def has(self, address: int) -> bool:
+        """Tell whether a table can be read so."""
+        index = int(np.searchsorted(self.found.roots, address))
+        return index < self.found.roots.size and int(self.found.roots[index]) == address
+
+    def root(self, address: int) -> Root:
+        """Return a table read so."""
+        return replace(self.pattern, raw=address)
+
+
+def _followed(
+    memory: HostMemory, tops: Tops, physical_bits: int, key_bit: int, notes: list[str]
+) -> tuple[_Reading, ...]:
+    """Return the tables whose every level reads as its level, for each way to read them, EPT first."""
     width = physical_bits if physical_bits < bits.MAX_PHYSICAL_BITS else 0
     most = max(MAX_TOPS, memory.size // bits.PAGE_SIZE // _PAGES_PER_TABLE)
-    readings: dict[int, list[Root]] = {}
-    sizes: dict[int, int] = {}
-    followed: list[tuple[Root, Int64]] = []
+    followed = []
     for kind, pages in ((EPT, tops.ept), (NPT, tops.npt)):
         if pages.size > most:
-            notes.append(f"{pages.size} pages can be {kind} top tables; the first {most} were followed")
+            notes.append(
+                f"{pages.size} pages can be {kind} top tables; {most} were followed, first those that lie alone"
+            )
+            pages = np.sort(pages[np.argsort(_crowd(pages), kind="stable")[:most]])
         for levels in (4, 5):
             pattern = Root(kind, bits.PAGE_SIZE, levels, width, key_bit)
-            result = descent.descend(memory, pattern.format, pages[:most])
-            followed.append((pattern, result.roots))
-            for address, count in zip(result.roots.tolist(), result.leaves.tolist(), strict=True):
-                readings.setdefault(address, []).append(replace(pattern, raw=address))
-                sizes[address] = max(sizes.get(address, 0), count)
-    every = np.array(sorted(readings), dtype=np.int64)
-    counts = sum(descent.references(memory, pattern.format, found, every) for pattern, found in followed)
-    references = dict(zip(every.tolist(), np.asarray(counts).tolist(), strict=True))
-    order = sorted(readings, key=lambda a: (-references[a], -sizes[a], a))
-    return [readings[address] for address in order]
+            followed.append(_Reading(pattern, descent.descend(memory, pattern.format, pages)))
+    return tuple(followed)
+
+
+def _waiting(memory: HostMemory, followed: Sequence[_Reading]) -> Int64:
+    """Return the candidates in the order in which to judge them.
+
+    A table that many others name comes first: copies and fakes refer to it, and fall with it. Where many wait, those
+    that lie alone take turns with them: in either order a guest could put its fakes before everything else.
+    """
+    every = np.unique(np.concatenate([item.found.roots for item in followed]))
+    named, sizes = np.zeros_like(every), np.zeros_like(every)
+    for pattern, found in followed:
+        named += descent.references(memory, pattern.format, found.roots, every)
+        where = np.searchsorted(every, found.roots)
+        sizes[where] = np.maximum(sizes[where], found.leaves)
+    order = np.lexsort((every, -sizes, -named))
+    if every.size > _FEW_WAITING:
+        alone = np.lexsort((every, -sizes, -named, _crowd(every)))
+        both = np.stack((alone, order), axis=1).reshape(-1)
+        order = both[np.sort(np.unique(both, return_index=True)[1])]
+    return every[order]
+
+
+def _crowd(addresses: Int64) -> Int64:
+    """Return how many candidates lie around each. ``addresses`` ascend.
+
+    A hypervisor allocates a root now and then, in memory of its own; a guest's fakes lie thick, in the guest's memory.
+    """
+    first = np.searchsorted(addresses, addresses - _AROUND, side="left")
+    return np.searchsorted(addresses, addresses + _AROUND, side="right") - first
 
 
 @dataclass
@@ -149,19 +208,19 @@ class _Court:
             or self.wasted >= max(MAX_WASTED_TABLES, share)
         )
 
-    def dismisses(self, root: Root) -> bool:
-        """Reject a candidate without a hearing where it lies in the memory of a guest that was found.
+    def dismiss(self, addresses: Int64, followed: Sequence[_Reading], owner: Claim) -> None:
+        """Reject candidates without a hearing: they lie in the memory of a guest that was found.
 
-        Not in one that maps its own tables: such a claim proves nothing (see :func:`_settled`).
+        Not of one that maps its own tables: such a claim proves nothing (see :func:`.claims.settled`).
         """
-        for owner in self.accepted:
-            if owner.holds(root.address) and not owner.maps_itself:
-                self.rejected.append(NearMiss(root, claims.inside(owner.found)))
-                return True
-        return False
+        for address in addresses[:_FEW_REPORTED].tolist():
+            root = next(item.root(address) for item in followed if item.has(address))
+            self.rejected.append(NearMiss(root, claims.inside(owner.found)))
+        if addresses.size > _FEW_REPORTED:
+            self.notes.append(f"{addresses.size} tables that read as hierarchies {claims.lie_inside(owner.found)}")
 
-    def hear(self, readings: list[Root]) -> None:
-        """Judge one table under each of its readings and keep the best."""
+    def hear(self, readings: list[Root]) -> Claim | None:
+        """Judge one table under each of its readings and keep the best; returns what it claims if it is believed."""
         before = self.tables
         results: list[Found | NearMiss] = []
         for root in readings:
@@ -173,9 +232,10 @@ class _Court:
         self.judged += 1
         if isinstance(best, Found):
             self.accepted.append(Claim.of(best))
-        else:
-            self.rejected.append(best)
-            self.wasted += self.tables - before
+            return self.accepted[-1]
+        self.rejected.append(best)
+        self.wasted += self.tables - before
+        return None
 
     def _judged(self, root: Root) -> Found | NearMiss:
         """Traverse one hierarchy and weigh what it maps.

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from volatility3_ept.core import vmcb, vmcs
+from volatility3_ept.core import triage, vmcb, vmcs
 from volatility3_ept.core.control import ControlStructure, Verdict
+from volatility3_ept.core.likeness import Found
 from volatility3_ept.core.memory import HostMemory, Int64, Words
+from volatility3_ept.core.triage import VMCB, VMCS, Sightings
 from volatility3_ept.spec import bits
 
 #: Called now and then with a percentage and what is being done.
 Progress = Callable[[float, str], None]
-
-#: More candidates than this are not examined one by one: a hostile guest can write as many as it has pages.
-MAX_CANDIDATES = 20_000
 
 
 @dataclass(frozen=True)
@@ -39,32 +38,44 @@ def silent(percentage: float, what: str) -> None:
 
 
 def control_structures(
-    memory: HostMemory,
-    physical_bits: int = bits.MAX_PHYSICAL_BITS,
-    progress: Progress = silent,
-    also: Callable[[Int64, Words], None] | None = None,
+    memory: HostMemory, physical_bits: int = bits.MAX_PHYSICAL_BITS, progress: Progress = silent
 ) -> ScanResult:
-    """Return every page that is, or may be, a VMCS or VMCB; ``physical_bits`` is MAXPHYADDR.
+    """Return every page that is, or may be, a VMCS or VMCB; ``physical_bits`` is MAXPHYADDR."""
+    return examine(memory, sight(memory, progress), (), physical_bits)
+
+
+def sight(
+    memory: HostMemory, progress: Progress = silent, also: Callable[[Int64, Words], None] | None = None
+) -> Sightings:
+    """Return the pages that may be a VMCS or VMCB as the cheap predicates tell.
 
     ``also`` sees the same pages, with their addresses: the memory is read once.
     """
     pages = 0
     total = max(memory.size // bits.PAGE_SIZE, 1)
-    found: list[tuple[int, object]] = []
-    kinds = ((vmcs.candidates, vmcs.examine), (vmcb.candidates, vmcb.examine))
+    found: dict[int, list[Int64]] = {VMCS: [], VMCB: []}
     for address, rows in memory.blocks():
-        for candidates, examine in kinds:
+        for kind, candidates in ((VMCS, vmcs.candidates), (VMCB, vmcb.candidates)):
             hits = np.flatnonzero(candidates(rows))
-            found += [(address + bits.PAGE_SIZE * row, examine) for row in hits.tolist()]
+            if hits.size:
+                found[kind].append(address + bits.PAGE_SIZE * hits.astype(np.int64))
         if also is not None:
             also(address + bits.PAGE_SIZE * np.arange(len(rows), dtype=np.int64), rows)
         pages += len(rows)
         progress(100 * pages / total, "Looking for control structures and page tables")
-    notes: tuple[str, ...] = ()
-    if len(found) > MAX_CANDIDATES:
-        notes = (f"{len(found)} pages look like control structures; the first {MAX_CANDIDATES} were examined",)
-        found = found[:MAX_CANDIDATES]
-    return _sorted(_examined(memory, found, physical_bits), pages, notes)
+    return Sightings.of(found, pages)
+
+
+def examine(memory: HostMemory, seen: Sightings, found: Sequence[Found], physical_bits: int) -> ScanResult:
+    """Give the full account of the pages that were sighted; of very many, those that :mod:`.triage` puts first.
+
+    ``found`` are the roots that page tables alone gave in this memory: they tell whose memory a page is.
+    """
+    chosen, notes = triage.chosen(memory, seen, found)
+    pairs = zip(chosen.addresses.tolist(), chosen.kinds.tolist(), strict=True)
+    examiners = {VMCS: vmcs.examine, VMCB: vmcb.examine}
+    accounts = _examined(memory, ((address, examiners[kind]) for address, kind in pairs), physical_bits)
+    return _sorted(accounts, seen.pages, notes)
 
 
 def again(

@@ -12,14 +12,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from volatility3_ept.core import candidate as candidates
-from volatility3_ept.core import identify, kinship, roots, scan, structural, unknown
+from volatility3_ept.core import (
+    confidential,
+    guestcpu,
+    hearing,
+    identify,
+    keybits,
+    kinship,
+    roots,
+    scan,
+    structural,
+    unknown,
+)
 from volatility3_ept.core.candidate import Candidate
 from volatility3_ept.core.control import ControlStructure
+from volatility3_ept.core.hearing import Allowance, said
 from volatility3_ept.core.index import Index
 from volatility3_ept.core.likeness import Found
 from volatility3_ept.core.machines import Discovery, Machine, View
 from volatility3_ept.core.memory import HostMemory
-from volatility3_ept.core.root import EPT, Root
+from volatility3_ept.core.root import Root
 from volatility3_ept.core.roots import RootScan
 from volatility3_ept.core.scan import Progress
 from volatility3_ept.core.slots import Slot
@@ -28,8 +40,6 @@ from volatility3_ept.spec import bits
 
 #: A tree deeper than this is an attack on the analyst: no hypervisor nests so far.
 MAX_DEPTH = 6
-#: Control structures without a machine that are tried in the memory of each guest.
-_MAX_ORPHANS = 64
 
 
 @dataclass
@@ -43,6 +53,8 @@ class _Search:
     found: dict[str, tuple[str, ...]]
     rejected: list[Candidate] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    #: What searches by structure cut short: an index keeps it, because they are not made again.
+    cuts: list[str] = field(default_factory=list)
 
     def structural(self, name: str, memory: HostMemory) -> tuple[Found, ...]:
         """Return the roots that page tables alone give in the memory of machine ``name`` (empty: the capture)."""
@@ -54,7 +66,8 @@ class _Search:
 
     def keep(self, name: str, memory: HostMemory, result: RootScan) -> tuple[Found, ...]:
         """Note a search by structure for the index, and return what it found."""
-        self.notes += result.notes
+        self.cuts += said(name, result.notes)
+        self.notes += said(name, result.notes)
         self.found[name] = tuple(structural.row(item, memory) for item in result.found)
         return result.found
 
@@ -75,10 +88,14 @@ def discover(
     search = _Search(physical_bits, recover, dict(kept.systems), dict(kept.slots), dict(kept.found))
     if known is None:
         finder = Finder(memory, physical_bits)
-        result = scan.control_structures(memory, physical_bits, progress, finder.see)
+        seen = scan.sight(memory, progress, finder.see)
         progress(100, "Judging the page tables found")
-        found = search.keep("", memory, roots.judge(memory, finder.tops(), physical_bits))
-        inferred = _infer(memory, found, result, search)
+        plain = roots.judge(memory, finder.tops(), physical_bits)
+        result = scan.examine(memory, seen, plain.found, physical_bits)
+        key_bit = keybits.of_structures(memory, result.structures)
+        found = search.keep("", memory, roots.with_key(memory, plain, physical_bits, key_bit))
+        inferred, notes = unknown.unnamed(memory, found, result.structures, result.examined)
+        search.notes += notes
     else:
         result = scan.again(memory, known.structures, known.pages, known.notes, physical_bits)
         found = search.structural("", memory)
@@ -87,24 +104,13 @@ def discover(
     structures = [s for s in result.structures if s.has_root]
     structures += unknown.structures(memory, inferred, physical_bits)
     progress(100, "Walking the page tables of the machines found")
-    machines = _level(memory, structures, found, "", search)
+    machines = _level(memory, structures, found, "", search, Allowance.of(memory))
     without = tuple(s for s in result.structures if not s.has_root)
-    index = Index(result.examined, result.pages, search.systems, search.slots, search.found, inferred, result.notes)
+    cuts = tuple(dict.fromkeys((*result.notes, *search.cuts)))
+    index = Index(result.examined, result.pages, search.systems, search.slots, search.found, inferred, cuts)
     return Discovery(
         tuple(machines), result.near_misses + without, tuple(search.rejected), tuple(search.notes), result.pages, index
     )
-
-
-def _infer(
-    memory: HostMemory, found: Sequence[Found], result: scan.ScanResult, search: _Search
-) -> dict[str, unknown.Kept]:
-    """Look for VMCSs of an unknown processor, if an EPT was found that no control structure names."""
-    named = {s.root_hpa for s in result.structures}
-    if all(item.root.kind != EPT or item.root.address in named for item in found):
-        return {}
-    inferred, notes = unknown.search(memory, found, result.examined)
-    search.notes += notes
-    return inferred
 
 
 def _level(
@@ -113,35 +119,39 @@ def _level(
     found: Sequence[Found],
     parent: str,
     search: _Search,
+    allowance: Allowance,
 ) -> list[Machine]:
     """Return the machines whose tables lie in ``below``, sorted by root; ids continue ``parent``.
 
-    ``found`` are the roots that page tables alone gave there.
+    ``found`` are the roots that page tables alone gave there. ``allowance`` bounds what is spent on them and below.
     """
-    judged = _judged(below, structures, search)
-    judged = _read_as_found(below, judged, found)
+    cuts: list[str] = []
+    judged = hearing.judged(below, structures, found, search.physical_bits, cuts, allowance)
     search.rejected += [c for c in judged if not c.accepted]
-    accepted = _with_structural(below, [c for c in judged if c.accepted], found, search)
+    cuts += hearing.out_of_reach(judged)
+    accepted, doubtful = structural.merged(below, [c for c in judged if c.accepted], found)
+    search.rejected += doubtful
     if search.recover:
-        accepted = _recovered(below, accepted, parent, search)
-    owners = kinship.owners(structures, accepted)
-    tops = [
-        _without_owned(c, below, owners)
-        for c in accepted
-        if not c.structures or any(not owners[s.hpa] for s in c.structures)
-    ]
-    if accepted and not tops:
-        search.notes.append("machines that hold each other's control structures: shown side by side")
-        tops, owners = accepted, {s.hpa: [] for s in structures}
+        tops = _tops(accepted, kinship.owners(structures, accepted)[0])
+        accepted = _recovered(below, accepted, tops, parent, search)
+    owners, undecided = kinship.owners(structures, accepted)
+    if undecided:
+        cuts.append("machines that hold each other's control structures: shown side by side")
+    tops = [hearing.without_owned(c, below, owners, search.physical_bits) for c in _tops(accepted, owners)]
     tops.sort(key=lambda c: c.root.address)
     mains, views, shadows = kinship.families(tops)
     machines: list[Machine] = []
-    named = {s.hpa for c in accepted for s in c.structures}
-    orphans = [s for s in structures if s.hpa not in named and not owners[s.hpa]][:_MAX_ORPHANS]
+    orphans = hearing.orphans(structures, accepted, owners, cuts)
     for number, main in enumerate(mains):
         machine_id = f"{parent}.{number}" if parent else str(number)
-        inside = [s for s in structures if main.root in owners[s.hpa]]
-        children = _children(main, inside, orphans, machine_id, search) if machine_id.count(".") < MAX_DEPTH else []
+        looked_into = allowance.covers(main.memory)
+        children: list[Machine] = []
+        if looked_into and machine_id.count(".") < MAX_DEPTH:
+            inside = [s for s in structures if main.root in owners[s.hpa]]
+            below_it = allowance if parent else Allowance.of(main.memory)
+            children = _children(main, inside, allowance.tries(orphans), machine_id, search, below_it)
+        elif not looked_into:
+            search.systems[f"{parent}/{main.root}"] = identify.UNKNOWN
         for shadow in shadows.get(id(main), []):
             _add_shadow(children, shadow, machine_id, parent, search)
         how = ", ".join([*sorted({s.kind for s in main.structures}), *(["page tables"] if main.by_structure else [])])
@@ -156,60 +166,23 @@ def _level(
                 tuple(children),
             )
         )
+    search.notes += said(parent, [*cuts, *allowance.said()])
     return machines
 
 
-def _judged(below: HostMemory, structures: Sequence[ControlStructure], search: _Search) -> list[Candidate]:
-    """Judge each root once, with all structures that name it; of a root's readings keep the best."""
-    groups: dict[tuple[str, int], list[ControlStructure]] = {}
-    for structure in structures:
-        groups.setdefault((structure.kind, structure.root_hpa), []).append(structure)
-    best = []
-    for group in groups.values():
-        readings = [candidates.judge(below, root, group) for root in candidates.roots(group[0], search.physical_bits)]
-        if readings:
-            best.append(max(readings, key=lambda c: c.strength))
-    return best
+def _tops(accepted: Sequence[Candidate], owners: dict[int, list[Root]]) -> list[Candidate]:
+    """Return the candidates of which no guest holds every control structure."""
+    return [c for c in accepted if not c.structures or any(not owners[s.hpa] for s in c.structures)]
 
 
-def _read_as_found(below: HostMemory, judged: list[Candidate], found: Sequence[Found]) -> list[Candidate]:
-    """Judge a rejected root again in the dialect in which its tables alone were believed.
-
-    Where Xen asked for recalculation at the root, the author cannot be inferred from the entries.
-    """
-    authors = {item.root.address: item.root.dialect for item in found}
-    return [
-        candidates.judge(below, replace(c.root, dialect=authors[c.root.address]), c.structures)
-        if not c.accepted and authors.get(c.root.address, c.root.dialect) != c.root.dialect
-        else c
-        for c in judged
-    ]
-
-
-def _with_structural(
-    below: HostMemory, accepted: list[Candidate], found: Sequence[Found], search: _Search
+def _recovered(
+    below: HostMemory, accepted: list[Candidate], tops: list[Candidate], parent: str, search: _Search
 ) -> list[Candidate]:
-    """Add the roots that page tables alone gave; one that is only possible can be a view of another, nothing more."""
-    named = {c.root.address: number for number, c in enumerate(accepted)}
-    merged = list(accepted)
-    doubtful = []
-    for item in found:
-        new = structural.candidate(item, below)
-        if item.root.address in named:
-            number = named[item.root.address]
-            merged[number] = replace(merged[number], evidence=(*merged[number].evidence, new.evidence[0]))
-        elif new.accepted:
-            merged.append(new)
-        else:
-            doubtful.append(new)
-    mains = {id(c) for c in kinship.families([*merged, *doubtful])[0]}
-    search.rejected += [c for c in doubtful if id(c) in mains]
-    return merged + [c for c in doubtful if id(c) not in mains]
+    """Add what the VMMs hold beside EPT and NPT. Views and outer tables of nested guests are not recovered.
 
-
-def _recovered(below: HostMemory, accepted: list[Candidate], parent: str, search: _Search) -> list[Candidate]:
-    """Add what the VMMs hold beside EPT and NPT. Views and outer tables of nested guests are not recovered."""
-    mains, _, _ = kinship.families(accepted)
+    ``tops`` are those of the candidates that no guest holds: the others' maps say nothing of this memory.
+    """
+    mains, _, _ = kinship.families(tops)
     chosen = {id(main) for main in mains}
     whole = []
     for found in accepted:
@@ -217,8 +190,7 @@ def _recovered(below: HostMemory, accepted: list[Candidate], parent: str, search
             whole.append(found)
             continue
         name = f"{parent}/{found.root}"
-        kept = search.slots.get(name)
-        known = None if kept is None else [Slot.parse(text) for text in kept]
+        known = _slots(search.slots.get(name))
         others = [main.guest_map for main in mains if main is not found]
         whole.append(candidates.recovered(below, found, known, others))
         recovery = whole[-1].recovery
@@ -226,21 +198,18 @@ def _recovered(below: HostMemory, accepted: list[Candidate], parent: str, search
     return whole
 
 
-def _without_owned(found: Candidate, below: HostMemory, owners: dict[int, list[Root]]) -> Candidate:
-    """Return a candidate without the structures that lie in a guest: there the same number is another address."""
-    free = tuple(s for s in found.structures if not owners[s.hpa])
-    if len(free) == len(found.structures):
-        return found
-    again = candidates.judge(below, found.root, free)
-    if found.recovery is None:
-        return again
-    recovered = tuple(item for item in found.evidence if item.name == "recovered")
-    return replace(again, memory=found.memory, recovery=found.recovery, evidence=(*again.evidence, *recovered))
+def _slots(kept: Sequence[str] | None) -> list[Slot] | None:
+    """Return the slots that an index names; None where it names none, or what it holds is damaged."""
+    try:
+        return None if kept is None else [Slot.parse(text) for text in kept]
+    except ValueError:
+        return None
 
 
 def _children(
-    main: Candidate, inside: list[ControlStructure], orphans: list[ControlStructure], parent: str, search: _Search
-) -> list[Machine]:
+    main: Candidate, inside: list[ControlStructure], orphans: list[ControlStructure], parent: str, search: _Search,
+    allowance: Allowance
+) -> list[Machine]:  # fmt: skip
     """Return the machines of a hypervisor that runs in ``main``: the same search in its guest-physical memory.
 
     ``orphans`` name no root of their own space. KVM keeps a copy of each vmcs12 in the host's memory, and the page in
@@ -254,18 +223,9 @@ def _children(
         if structure.hpa not in own
         for gpa in whole.to_gpas(structure.hpa)[:1]
     ]
-    moved += [structure for structure in orphans if _parses_in(main.memory, structure, search)]
+    moved += [structure for structure in orphans if hearing.parses_in(main.memory, structure, search.physical_bits)]
     found = search.structural(parent, main.memory)
-    return _level(main.memory, moved, found, parent, search) if moved or found else []
-
-
-def _parses_in(memory: HostMemory, structure: ControlStructure, search: _Search) -> bool:
-    """Tell whether the machine of a structure that lies elsewhere is proven by its page tables in this memory."""
-    return any(
-        found.accepted and found.paging is not None
-        for root in candidates.roots(structure, search.physical_bits)
-        for found in [candidates.judge(memory, root, [structure])]
-    )
+    return _level(main.memory, moved, found, parent, search, allowance) if moved or found else []
 
 
 def _add_shadow(children: list[Machine], shadow: Candidate, machine_id: str, parent: str, search: _Search) -> None:
@@ -303,17 +263,23 @@ def _machine(
     children: tuple[Machine, ...] = (),
 ) -> Machine:
     name = f"{tables_in}/{found.root}"
+    vcpus = candidates.distinct(found.structures)
     if name not in search.systems:
-        search.systems[name] = identify.system(found.memory)
+        spaces = [cr3 for cr3 in (*(vcpu.guest_cr3 for vcpu in vcpus), found.guest_cr3) if cr3 is not None]
+        search.systems[name] = identify.identify(found.memory, found.paging, spaces, map(guestcpu.registers, vcpus)).row
+    system, evidence = identify.from_row(search.systems[name])
+    encrypted = confidential.named(found.evidence)
+    if encrypted and system == identify.UNKNOWN:
+        system = f"{system} ({encrypted})"
     return Machine(
         machine_id,
         found.root,
         found.guest_map,
         found.memory,
-        candidates.distinct(found.structures),
-        found.evidence,
+        vcpus,
+        (*found.evidence, *confidential.pages(found.memory, found.root, found.guest_map, found.evidence), evidence),
         found_by,
-        search.systems[name],
+        system,
         found.paging,
         tables_in,
         views,

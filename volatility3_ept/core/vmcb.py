@@ -21,6 +21,7 @@ from volatility3_ept.core.anchors import Anchor, Flags, Rows, Words, anchor, cou
 from volatility3_ept.core.control import ControlStructure
 from volatility3_ept.core.layouts import vmcb_layout
 from volatility3_ept.core.limits import Limits
+from volatility3_ept.core.memory import Int64
 from volatility3_ept.spec import bits, registers, vmcb
 from volatility3_ept.spec.vmcb import Misc2, NestedControl
 
@@ -71,6 +72,16 @@ def candidates(words: Words) -> Flags:
     found[plain[count(_PLAIN, words, plain) >= _PLAIN_NEEDED]] = True
     found[survivors(_ENCRYPTED, words, rows)] = True
     return found
+
+
+def named_roots(words: Words) -> Int64:
+    """Return for each page the address of the table that nCR3 names; 0 where nested paging is off.
+
+    ``words`` as for :func:`candidates`.
+    """
+    nested = (words[:, vmcb.NP_SEV_CONTROL // 8] & np.uint64(int(NestedControl.NP_ENABLE))) != 0
+    roots: Int64 = np.where(nested, words[:, vmcb.N_CR3 // 8] & np.uint64(_FRAME), np.uint64(0)).astype(np.int64)
+    return roots
 
 
 def examine(
