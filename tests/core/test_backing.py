@@ -625,7 +625,9 @@ def test_a_large_guest_of_scattered_pages_is_matched_without_a_loop():
     gpas = np.arange(count) * PAGE
     guest_map = GuestMap(gpas, np.full(count, PAGE), hpas)
     chunks = (
-        hosttables.Leaves(PAGE, gpas[at : at + M2] + HVA, hpas[at : at + M2], np.ones(min(M2, count), np.uint8), None)
+        hosttables.Leaves(
+            PAGE, gpas[at : at + M2] + HVA, hpas[at : at + M2], np.ones(min(M2, count), np.uint8), None, None
+        )
         for at in range(0, count, M2)
     )
     start = time.perf_counter()
@@ -687,7 +689,7 @@ def test_a_nested_guest_in_recovered_memory(name):
     assert layout(found) == slots_of(truth)
 
 
-@pytest.mark.parametrize("name", captures.committed())
+@pytest.mark.parametrize("name", captures.committed(guests=1))
 def test_the_committed_captures_lack_125_pages(name):
     below, discovery = discovered.capture(name)
     (machine,) = discovery.machines

@@ -10,12 +10,12 @@ A page is recovered only on evidence, and where the two tables disagree EPT or N
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from volatility3_ept.core import gpamap, hosttables, mask, memslots, slots
+from volatility3_ept.core import foreign, gpamap, hosttables, mask, memslots, slots
 from volatility3_ept.core.gpamap import GuestMap
 from volatility3_ept.core.hosttables import Frames
 from volatility3_ept.core.memory import Bools, HostMemory, Int64
@@ -44,7 +44,9 @@ class Recovery:
     length, hpa, hva`` (of a migrating page the frame that it is leaving); ``swapped``, ``elsewhere`` (device memory,
     markers): ``gpa, length, hva``; ``never_backed``: ``gpa, length``, no host page at all within a slot;
     ``conflicts``: ``gpa, length, hpa by EPT or NPT, hpa by the host``. ``unreadable``: ``gpa, length``, the host's
-    own table is not in the capture. ``protected`` bytes of the recovered ones were mapped PROT_NONE.
+    own table is not in the capture. ``protected`` bytes of the recovered ones were mapped PROT_NONE. ``read_only``:
+    those of the recovered that the VMM itself may not write, in the same columns: the host's zero page, pages merged
+    by KSM, pages of a file that nobody has written yet.
     """
 
     guest_map: GuestMap
@@ -58,6 +60,7 @@ class Recovery:
     unreadable: Int64 = field(default_factory=lambda: no_rows(2))
     protected: int = 0
     notes: tuple[str, ...] = ()
+    read_only: Int64 = field(default_factory=lambda: no_rows(4))
 
     def __deepcopy__(self, memo: dict[int, object]) -> Recovery:
         """Return itself: nothing in it changes."""
@@ -105,8 +108,8 @@ def recover(
     """
     inverse = Inverse.of(guest_map)
     notes = [f"{inverse.shared:#x} bytes of frames that the guest maps over and over"] if inverse.shared else []
-    if not inverse.layers:
-        return Recovery(guest_map, notes=("the guest maps nothing: no frame leads to its VMM",))
+    if not inverse.votes:
+        return Recovery(guest_map, notes=(*notes, "the guest maps nothing that leads to its VMM"))
     usable = _unowned(below, (guest_map, *others))
     vmm = _best(below, inverse, hosttables.seeds(host_roots), usable, key_bits, notes)
     if vmm is None:
@@ -117,16 +120,12 @@ def recover(
             notes.append(f"none of {roots.size} address spaces of the host maps this guest's frames")
     if vmm is None:
         return Recovery(guest_map, notes=tuple(notes))
-    share = vmm.matched.bytes / inverse.votes
-    notes.append(f"VMM at CR3 {vmm.root:#x} ({vmm.fmt.name}): {share:.1%} of the guest's frames at a constant distance")
     found = slots.derive(vmm.matched, guest_map, vmm.root, len(vmm.fmt.levels))
     if len(found) == slots.MAX_SLOTS:
         notes.append(f"more than {slots.MAX_SLOTS} slots: those with fewest matches were left out")
     if confirm:
         found = memslots.confirm(below, guest_map, vmm.matched, found, usable)
-        sure = sum(slot.confirmed for slot in found)
-        notes.append(f"{sure} of {len(found)} slots have the bounds of a record of KVM's in the host's memory")
-    return _collect(below, guest_map, vmm.fmt, found, usable, notes)
+    return _collect(below, guest_map, vmm.fmt, found, usable, notes, others)
 
 
 def again(
@@ -136,12 +135,15 @@ def again(
     key_bits: int = 0,
     others: Sequence[GuestMap] = (),
 ) -> Recovery:
-    """Return what :func:`recover` returned, from the slots that it found: nothing is searched for."""
+    """Return what :func:`recover` returned, from the slots that it found: nothing is searched for.
+
+    Its notes are the same but for those on the search itself: what was too common to vote, what was passed over.
+    """
     if not known:
         return Recovery(guest_map)
     levels = known[0].levels
     fmt = ia32e.four_level(key_bits=key_bits) if levels == 4 else ia32e.five_level(key_bits=key_bits)
-    return _collect(below, guest_map, fmt, tuple(known), _unowned(below, (guest_map, *others)), [])
+    return _collect(below, guest_map, fmt, tuple(known), _unowned(below, (guest_map, *others)), [], others)
 
 
 def _unowned(below: HostMemory, maps: Sequence[GuestMap]) -> hosttables.Usable:
@@ -169,11 +171,25 @@ def _best(
     for fmt in (ia32e.four_level(key_bits=key_bits), ia32e.five_level(key_bits=key_bits)):
         weights = hosttables.weigh(below, fmt, roots, frames, usable)
         if (weights < 0).any():
-            notes.append(f"{int((weights < 0).sum())} {fmt.name} roots have too many tables and were passed over")
-        order = np.argsort(-weights, kind="stable")[:_FINALISTS]
+            notes.append(
+                f"{int((weights < 0).sum())} {fmt.name} roots have too many tables, or came after too many: passed over"
+            )
+        # What maps the same frames over and over is no better for it.
+        weights = np.minimum(weights, int((frames.ends - frames.starts).sum()))
+        order = np.argsort(-weights, kind="stable")
+        many = int((weights >= enough).sum())
+        if many > _FINALISTS:
+            notes.append(
+                f"{many} address spaces map most of the guest's frames; {_FINALISTS} were matched page by page"
+            )
+        order = order[:_FINALISTS]
         best: _Vmm | None = None
         for root in roots[order[weights[order] >= enough]].tolist():
-            vmm = _Vmm(fmt, root, slots.match(hosttables.flatten(below, fmt, root, usable), inverse))
+            matched = slots.match(hosttables.flatten(below, fmt, root, usable), inverse)
+            if matched is None:
+                notes.append(f"the address space at {root:#x} maps this guest's frames over and over: passed over")
+                continue
+            vmm = _Vmm(fmt, root, matched)
             if _explains(vmm.matched, inverse) and (best is None or vmm.rank > best.rank):
                 best = vmm
         if best is not None:
@@ -187,7 +203,7 @@ def _explains(matched: Matched, inverse: Inverse) -> bool:
 
 
 def _collect(below: HostMemory, guest_map: GuestMap, fmt: Ia32Format, found: tuple[Slot, ...],
-             usable: hosttables.Usable, notes: list[str]) -> Recovery:  # fmt: skip
+             usable: hosttables.Usable, notes: list[str], others: Sequence[GuestMap]) -> Recovery:  # fmt: skip
     """Go through the VMM's address space once more, and sort what lies in the slots."""
     gathered = [Found() for _ in found]
     roots = sorted({slot.root for slot in found})
@@ -196,6 +212,7 @@ def _collect(below: HostMemory, guest_map: GuestMap, fmt: Ia32Format, found: tup
             gather(chunk, slot, guest_map, target)
     kept: list[Slot] = []
     believed: list[Found] = []
+    notes += _about(found, guest_map, fmt)
     for slot, target in zip(found, gathered, strict=True):
         disputed = sum(int(rows[:, 1].sum()) for rows in target.conflicts)
         if disputed > slot.matched:
@@ -206,19 +223,39 @@ def _collect(below: HostMemory, guest_map: GuestMap, fmt: Ia32Format, found: tup
             notes.append(f"slot at {slot.gpa:#x}: {left_out:#x} bytes of another mapping were left out")
         kept.append(slot)
         believed.append(target)
-    return _recovery(guest_map, tuple(kept), believed, notes)
+    return _recovery(guest_map, tuple(kept), believed, notes, others)
 
 
-def _recovery(guest_map: GuestMap, found: tuple[Slot, ...], gathered: list[Found], notes: list[str]) -> Recovery:
+def _about(found: Sequence[Slot], guest_map: GuestMap, fmt: Ia32Format) -> Iterator[str]:
+    """Yield how well a VMM explains a guest: from its slots alone, so that who knows them says the same."""
+    if not found:
+        return
+    matched, sure = sum(slot.matched for slot in found), sum(slot.confirmed for slot in found)
+    roots = ", ".join(f"{root:#x}" for root in sorted({slot.root for slot in found}))
+    share = min(matched / max(guest_map.mapped_bytes, 1), 1)
+    yield f"VMM at CR3 {roots} ({fmt.name}): {share:.1%} of the guest's frames at a constant distance"
+    yield f"{sure} of {len(found)} slots have the bounds of a record of KVM's in the host's memory"
+    for slot in found if sure else ():
+        if not slot.confirmed:
+            yield f"slot at {slot.gpa:#x} has no record of KVM's, where others have one: it may be misplaced"
+
+
+def _recovery(guest_map: GuestMap, found: tuple[Slot, ...], gathered: list[Found], notes: list[str],
+              others: Sequence[GuestMap]) -> Recovery:  # fmt: skip
     """Bring what was gathered into order; what no table knows within a slot was never backed."""
     parts: list[Int64] = []
+    read_only: list[Int64] = []
     for target in gathered:
         own = CODE if target.alien == DATA else DATA
         parts += [*target.resident[own], *target.resident[HIDDEN]]
-    recovered = joined_rows(sorted_rows(parts, 4))
+        read_only += target.read_only[own]
+    shared = joined_rows(sorted_rows(read_only, 4))
+    recovered, theirs = foreign.split(joined_rows(sorted_rows(parts, 4)), shared, others)
+    if theirs.size:
+        notes.append(f"{int(theirs[:, 1].sum()):#x} bytes lie in frames of another guest, open to writing: left out")
     gone = {kind: sorted_rows([rows for target in gathered for rows in target.gone[kind]], 4) for kind in GONE}
     conflicts = joined_rows(sorted_rows([rows for target in gathered for rows in target.conflicts], 4))
-    aside = sorted_rows([rows for target in gathered for rows in target.resident[target.alien]], 4)
+    aside = sorted_rows([theirs, *(rows for target in gathered for rows in target.resident[target.alien])], 4)
     whole = _merged(guest_map, recovered)
     known = np.concatenate([recovered[:, :2], aside[:, :2], *(rows[:, :2] for rows in gone.values())])
     taken = gpamap.union(
@@ -242,6 +279,7 @@ def _recovery(guest_map: GuestMap, found: tuple[Slot, ...], gathered: list[Found
         joined_rows(gone[HostEntry.NONE][:, (0, 1)]),
         protected,
         tuple(notes),
+        shared,
     )
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from volatility3_ept.core import mask
 from volatility3_ept.core.memory import Bools, HostMemory, Int64, Words
 from volatility3_ept.spec import ia32e, linux_pte, paging
 from volatility3_ept.spec.bits import PAGE_SHIFT, PAGE_SIZE
@@ -26,6 +27,8 @@ MAX_ROOTS = 1 << 15
 #: Tables of one level that a group of processes may have (1 GiB of them); a group that has more is halved. One process
 #: alone may have more (16 GiB: they map 8 TiB).
 MAX_TABLES, MAX_TABLES_ALONE = 1 << 18, 1 << 22
+#: Tables that are read to weigh all processes, or as many as the memory has pages.
+MAX_TABLES_READ = 1 << 20
 #: Pages that may be top tables, before they are compared with each other.
 MAX_CANDIDATES = 1 << 16
 #: Roots that are weighed together, and tables that are read together.
@@ -73,7 +76,8 @@ class Leaves:
     """Entries of one process that map pages of one size, or hold something else in a page's place.
 
     ``hvas`` ascend. ``kinds`` are :class:`HostEntry`; ``hpas`` is the page's address where the kind has one.
-    ``no_execute`` tells mappings of data from mappings of code.
+    ``no_execute`` tells mappings of data from mappings of code; a ``read_only`` page is present, and a write to it
+    would fault.
     """
 
     size: int
@@ -81,6 +85,7 @@ class Leaves:
     hpas: Int64
     kinds: npt.NDArray[np.uint8]
     no_execute: Bools
+    read_only: Bools
 
 
 def find(memory: HostMemory, usable: Usable, key_bits: int = 0) -> tuple[Int64, tuple[str, ...]]:
@@ -89,24 +94,27 @@ def find(memory: HostMemory, usable: Usable, key_bits: int = 0) -> tuple[Int64, 
     4-level and 5-level roots look alike: what follows decides.
     """
     pages: list[Int64] = []
-    rows_found: list[Words] = []
-    total = 0
+    kernels: list[Words] = []
     for address, rows in memory.blocks():
         hits = np.flatnonzero(_may_be_root(rows, memory, key_bits))
         if hits.size:
             hits = hits[usable(address + hits * PAGE_SIZE)]
-            taken = hits[: max(MAX_CANDIDATES - total, 0)]
-            total += hits.size
-            pages.append(address + taken.astype(np.int64) * PAGE_SIZE)
-            rows_found.append(np.ascontiguousarray(rows[taken]))
+            pages.append(address + hits.astype(np.int64) * PAGE_SIZE)
+            kernels.append(_address(rows[hits, _LAST], key_bits))
     if not pages:
         return np.empty(0, dtype=np.int64), ()
-    roots, tables = np.concatenate(pages), np.concatenate(rows_found)
-    notes = [f"{total} pages look like top tables; {roots.size} were compared"] if total > roots.size else []
+    roots, kernel = np.concatenate(pages), np.concatenate(kernels)
     # The entry that maps the kernel itself leads to one and the same table in every process.
-    _, group, count = np.unique(_address(tables[:, _LAST], key_bits), return_inverse=True, return_counts=True)
-    shared = (count[group] > 1) & (tables[:, :_HALF] != 0).any(axis=1)
-    roots, tables, count = roots[shared], tables[shared], count[group][shared]
+    _, group, counts = np.unique(kernel, return_inverse=True, return_counts=True)
+    notes = []
+    if roots.size > MAX_CANDIDATES:
+        notes.append(f"{roots.size} pages look like top tables; {MAX_CANDIDATES} were compared")
+        # Whoever forges them by the thousand gives them one kernel or many: a real host's come in time either way.
+        chosen = np.argsort(mask.turns(group), kind="stable")[:MAX_CANDIDATES]
+        roots, group = roots[chosen], group[chosen]
+    tables, _ = memory.words(roots)
+    shared = (counts[group] > 1) & (tables[:, :_HALF] != 0).any(axis=1)
+    roots, tables, count = roots[shared], tables[shared], counts[group][shared]
     # Page table isolation keeps two top tables for each process; their lower halves lead to the same tables.
     lower = np.ascontiguousarray(_address(tables[:, :_HALF], key_bits))
     _, first = np.unique(lower.view(f"V{8 * _HALF}").ravel(), return_index=True)
@@ -144,40 +152,50 @@ def _address(entries: Words, key_bits: int) -> Words:
 def weigh(memory: HostMemory, fmt: Ia32Format, roots: Int64, frames: Frames, usable: Usable) -> Int64:
     """Return for each root how many bytes of ``frames`` its process maps; each table is read once.
 
-    A page that the process maps twice counts twice. -1: more tables than any process has, not weighed.
+    A page that the process maps twice counts twice. -1: more tables than any process has, or than all together may
+    have (:data:`MAX_TABLES_READ`), not weighed.
     """
     weights = np.zeros(roots.size, dtype=np.int64)
-    pending = [slice(i, min(i + GROUP, roots.size)) for i in range(0, roots.size, GROUP)]
+    pending = [slice(i, min(i + GROUP, roots.size)) for i in range(0, roots.size, GROUP)][::-1]
+    left = max(MAX_TABLES_READ, memory.size // PAGE_SIZE)
     while pending:
         part = pending.pop()
         alone = part.stop - part.start == 1
-        found = _weigh(memory, fmt, roots[part], frames, usable, MAX_TABLES_ALONE if alone else MAX_TABLES)
+        limit = MAX_TABLES_ALONE if alone else MAX_TABLES
+        found, read = _weigh(memory, fmt, roots[part], frames, usable, limit) if left > 0 else (None, 0)
+        left -= read
         if found is not None:
             weights[part] = found
-        elif alone:
+        elif alone or left <= 0:
             weights[part] = -1
         else:
             middle = (part.start + part.stop) // 2
-            pending += [slice(part.start, middle), slice(middle, part.stop)]
+            pending += [slice(middle, part.stop), slice(part.start, middle)]
     return weights
 
 
 def _weigh(
     memory: HostMemory, fmt: Ia32Format, roots: Int64, frames: Frames, usable: Usable, limit: int
-) -> Int64 | None:
-    """Read the tables of some roots level by level, then carry the weights up again; None when there are too many."""
+) -> tuple[Int64 | None, int]:
+    """Read the tables of some roots level by level, then carry the weights up again; None when there are too many.
+
+    Also returns how many were read.
+    """
+    read = 0
     tables, top = np.unique(roots, return_inverse=True)
     own: list[Int64] = []
     edges: list[tuple[Int64, Int64]] = []
     for level in fmt.levels:
         weight = np.zeros(tables.size, dtype=np.int64)
+        read += tables.size
         parents, children = [], []
         for index, _, entries, where, _ in _entries(memory, fmt, level, tables):
             parent, child = where, _address(entries, fmt.key_bits).astype(np.int64)
             below = _is_table(entries, level, fmt)
             if level.may_be_leaf or level is fmt.levels[-1]:
                 kinds = np.asarray(linux_pte.kind(entries, level.shift))
-                there = ~below & ((kinds == HostEntry.PRESENT) | (kinds == HostEntry.PROT_NONE))
+                present = (kinds == HostEntry.PRESENT) & _is_own(entries, level, fmt)
+                there = ~below & (present | (kinds == HostEntry.PROT_NONE))
                 hpas = np.asarray(linux_pte.frame(entries[there], level.shift, fmt.key_bits)).astype(np.int64)
                 np.add.at(weight, index + parent[there], frames.bytes_in(hpas, level.page_size))
             parents.append(index + parent[below])
@@ -189,11 +207,11 @@ def _weigh(
         tables, target = np.unique(found[good], return_inverse=True)
         edges.append((source[good], target))
         if tables.size > limit:
-            return None
+            return None, read
     for depth in range(len(own) - 1, 0, -1):
         source, target = edges[depth - 1]
         np.add.at(own[depth - 1], source, own[depth][target])
-    return own[0][top]
+    return own[0][top], read
 
 
 def _entries(
@@ -219,6 +237,13 @@ def _is_table(entries: Words, level: Level, fmt: Ia32Format) -> Bools:
     large = np.uint64(paging.LARGE_PAGE) if level.may_be_leaf else np.uint64(0)
     leads: Bools = (entries & (wanted | large)) == wanted
     return leads
+
+
+def _is_own(entries: Words, level: Level, fmt: Ia32Format) -> Bools:
+    """Tell which present entries map a page that user mode may reach."""
+    wanted = ia32e.USER | (0 if level is fmt.levels[-1] else paging.LARGE_PAGE)
+    own: Bools = (entries & np.uint64(wanted)) == np.uint64(wanted)
+    return own
 
 
 def flatten(memory: HostMemory, fmt: Ia32Format, root: int, usable: Usable) -> Iterator[Leaves]:
@@ -249,9 +274,8 @@ def flatten(memory: HostMemory, fmt: Ia32Format, root: int, usable: Usable) -> I
 
 def _unknown(hvas: Int64, level: Level) -> Leaves:
     kinds = np.full(hvas.size, HostEntry.NONE, dtype=np.uint8)
-    return Leaves(
-        level.page_size * level.entries, hvas, np.zeros_like(hvas), kinds, np.zeros(hvas.size, dtype=np.bool_)
-    )
+    no = np.zeros(hvas.size, dtype=np.bool_)
+    return Leaves(level.page_size * level.entries, hvas, np.zeros_like(hvas), kinds, no, no)
 
 
 def _leaves(entries: Words, hvas: Int64, level: Level, key_bits: int, top: int) -> Leaves:
@@ -264,7 +288,8 @@ def _leaves(entries: Words, hvas: Int64, level: Level, key_bits: int, top: int) 
     hpas[moving] = np.asarray(linux_pte.migration_frame(entries[moving])).astype(np.int64)
     # A device's memory has frame numbers too, above all of the host's.
     kinds[moving & (hpas >= top)] = HostEntry.ELSEWHERE
-    return Leaves(level.page_size, hvas, hpas, kinds, (entries >> np.uint64(63)) != 0)
+    read_only = (kinds == HostEntry.PRESENT) & ((entries & np.uint64(ia32e.WRITE)) == 0)
+    return Leaves(level.page_size, hvas, hpas, kinds, (entries >> np.uint64(63)) != 0, read_only)
 
 
 def seeds(host_roots: Sequence[int]) -> Int64:

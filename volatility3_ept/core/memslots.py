@@ -67,10 +67,14 @@ def _records(
     """Return by distance the guest-physical ranges ``(start, end)`` that records of that shape name."""
     found: dict[int, set[tuple[int, int]]] = {}
     low, high = min(distances + [slot.hva for slot in slots]), max(slot.hva for slot in slots)
+    # A guest that is a hypervisor itself may have its guest's memory at address 0; no record of KVM's has.
+    low = max(low, PAGE_SIZE)
+    if high < low:
+        return {}
     table = np.array(distances, dtype=np.int64)
     for address, rows in memory.blocks():
         words = rows.reshape(-1)
-        hits = np.flatnonzero(words - np.uint64(max(low, PAGE_SIZE)) <= np.uint64(high - max(low, PAGE_SIZE)))
+        hits = np.flatnonzero(words - np.uint64(low) <= np.uint64(high - low))
         hits = hits[(words[hits] & np.uint64(PAGE_SIZE - 1)) == 0]
         if hits.size:
             hits = hits[usable(address + hits * 8 & -PAGE_SIZE)]

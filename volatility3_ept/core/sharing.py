@@ -11,14 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from volatility3_ept.core import gpamap
+from volatility3_ept.core import gpamap, mask
 from volatility3_ept.core.gpamap import union
 from volatility3_ept.core.lineage import HostRuns, Line
 from volatility3_ept.core.memory import HostMemory, Int64
-from volatility3_ept.spec.bits import PAGE_SIZE
-
-#: Pages that are compared with zero at once: 16 MiB.
-_CHUNK = 4096
 
 
 @dataclass(frozen=True)
@@ -53,7 +49,7 @@ def count(lines: Sequence[Line], runs: Sequence[HostRuns], memory: HostMemory) -
         found[line.id] = Shared(
             size,
             own.bytes - _size(frames[line.id]) if size else 0,
-            _zero_bytes(memory, repeated),
+            _size(mask.zero_pages(memory, repeated)),
             gpamap.overlap_bytes(frames[line.id], _all([frames[name] for name in common])),
             tuple(common),
         )
@@ -64,12 +60,13 @@ def often(starts: Int64, ends: Int64) -> tuple[Int64, Int64]:
     """Return the ranges, disjoint and ascending, that at least two of the given ones cover."""
     if not starts.size:
         return starts, ends
-    points = np.concatenate((starts, ends))
-    steps = np.concatenate((np.ones(starts.size, dtype=np.int64), np.full(ends.size, -1, dtype=np.int64)))
-    order = np.argsort(points, kind="stable")
-    points, depth = points[order], np.cumsum(steps[order])
-    twice = (depth[:-1] > 1) & (points[1:] > points[:-1])
-    return union(points[:-1][twice], points[1:][twice])
+    order = np.argsort(starts, kind="stable")
+    starts, ends = starts[order], ends[order]
+    del order
+    # What a range has in common with one that begins before it.
+    shared = np.minimum(ends[1:], np.maximum.accumulate(ends)[:-1])
+    twice = shared > starts[1:]
+    return union(starts[1:][twice], shared[twice])
 
 
 def _related(one: str, other: str) -> bool:
@@ -84,17 +81,3 @@ def _all(ranges: Sequence[tuple[Int64, Int64]]) -> tuple[Int64, Int64]:
 
 def _size(ranges: tuple[Int64, Int64]) -> int:
     return int((ranges[1] - ranges[0]).sum())
-
-
-def _zero_bytes(memory: HostMemory, ranges: tuple[Int64, Int64]) -> int:
-    """Return how many bytes of the ranges lie in pages that the capture holds and that are all zeros."""
-    counts = (ranges[1] - ranges[0]) // PAGE_SIZE
-    before = np.cumsum(counts) - counts
-    total = int(counts.sum())
-    zero = 0
-    for start in range(0, total, _CHUNK):
-        number = np.arange(start, min(start + _CHUNK, total))
-        which = np.searchsorted(before, number, side="right") - 1
-        rows, held = memory.words(ranges[0][which] + (number - before[which]) * PAGE_SIZE)
-        zero += int((held & ~rows.any(axis=1)).sum())
-    return zero * PAGE_SIZE

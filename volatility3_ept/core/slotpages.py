@@ -22,9 +22,13 @@ GONE = (HostEntry.NONE, HostEntry.SWAPPED, HostEntry.MIGRATING, HostEntry.ELSEWH
 
 @dataclass
 class Found:
-    """What one pass over the VMM's pages gathers of one slot; ``resident`` and ``agreed`` by how it is mapped."""
+    """What one pass over the VMM's pages gathers of one slot; ``resident`` and ``agreed`` by how it is mapped.
+
+    ``read_only`` are those of the resident pages that the VMM itself may not write, by how they are mapped.
+    """
 
     resident: tuple[list[Int64], ...] = field(default_factory=lambda: ([], [], []))
+    read_only: tuple[list[Int64], ...] = field(default_factory=lambda: ([], [], []))
     agreed: list[int] = field(default_factory=lambda: [0, 0, 0])
     conflicts: list[Int64] = field(default_factory=list)
     gone: dict[HostEntry, list[Int64]] = field(default_factory=lambda: {kind: [] for kind in GONE})
@@ -54,6 +58,10 @@ def gather(chunk: Leaves, slot: Slot, guest_map: GuestMap, found: Found) -> None
         found.resident[way].append(_with_hva(rest, slot))
         found.conflicts.append(conflicts)
         found.agreed[way] += agreed
+        chosen = chosen & chunk.read_only[part]
+        if chosen.any():
+            rest, _, _ = _compare(*join_runs(gpas[chosen], lengths[chosen], hpas[chosen]), near)
+            found.read_only[way].append(_with_hva(rest, slot))
     for kind in GONE:
         chosen = kinds == kind
         rest, _, _ = _compare(gpas[chosen], lengths[chosen], hpas[chosen], near)

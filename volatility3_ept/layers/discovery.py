@@ -49,6 +49,9 @@ class Opened:
             indexing.save(self.key, found.index)
         for note in found.notes:
             vollog.warning("%s", note)
+        for machine in found.all():
+            for note in machine.recovery.notes if machine.recovery else ():
+                vollog.info("Guest %s: %s", machine.id, note)
         for structure in found.near_misses:
             vollog.debug("Not believed: %s", structure.explain())
         for candidate in found.rejected:
@@ -80,8 +83,12 @@ def check_syntax(wanted: str) -> None:
     )
 
 
-def explicit(wanted: str, config: Mapping[str, Any] | None = None) -> str:
-    """Return a root that was given as text in its normal form, with ``--maxphyaddr``; GuestError when it is none."""
+def explicit(wanted: str, config: Mapping[str, Any] | None = None, memory: HostMemory | None = None) -> str:
+    """Return a root that was given as text in its normal form, with ``--maxphyaddr``; GuestError when it is none.
+
+    With ``memory``, which holds its tables, it also says where a key is in their entries (the C-bit, a KeyID).
+    """
+    from volatility3_ept.core import keybits
     from volatility3_ept.core.root import Root, RootError
 
     width = physical_bits(config or {})
@@ -89,7 +96,7 @@ def explicit(wanted: str, config: Mapping[str, Any] | None = None) -> str:
         root = Root.parse(wanted)
         if width < bits.MAX_PHYSICAL_BITS and not root.physical_bits:
             root = dataclasses.replace(root, physical_bits=width)
-        return str(root)
+        return str(keybits.resolved(memory, root) if memory else root)
     except RootError as error:
         raise errors.GuestError(f"--guest {wanted}: {error}") from None
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from volatility3 import framework
 from volatility3.framework import constants, contexts, interfaces
 from volatility3.framework.automagic import stacker as vol_stacker
 
-from volatility3_ept.layers import discovery, guest
+from volatility3_ept.layers import discovery, guest, virtual
 
 if TYPE_CHECKING:
-    from volatility3_ept.core.machines import Discovery
+    from volatility3_ept.core.machines import Discovery, Machine
     from volatility3_ept.core.memory import HostMemory
 
 vollog = logging.getLogger(__name__)
@@ -32,7 +32,20 @@ def machine_layer(
         context.add_layer(below)
         layer_name, memory = below.name, below.memory
     slots = [str(slot) for slot in machine.recovery.slots] if machine.recovery else []
-    return guest_layer(context, layer_name, str(machine.root), machine.id, memory, slots)
+    state = virtual.described(machine)
+    return guest_layer(
+        context, layer_name, str(machine.root), machine.id, memory, slots, state, _beside(found, machine)
+    )
+
+
+def _beside(found: Discovery, machine: Machine) -> list[str]:
+    """Return the roots of the other guests in the same memory: no page of theirs is recovered as this one's."""
+    parent = machine.id.rpartition(".")[0]
+    return [
+        str(other.root)
+        for other in found.all()
+        if other is not machine and other.id.rpartition(".")[0] == parent and other.tables_in == machine.tables_in
+    ]
 
 
 def guest_layer(
@@ -42,8 +55,14 @@ def guest_layer(
     machine_id: str,
     memory: HostMemory,
     slots: Sequence[str] = (),
+    state: Mapping[str, Any] | None = None,
+    others: Sequence[str] = (),
 ) -> guest.GuestPhysicalLayer:
-    """Return the layer of a root, given as text, over a layer; ``memory`` is that layer's."""
+    """Return the layer of a root, given as text, over a layer; ``memory`` is that layer's.
+
+    ``state`` is what is known of the guest's virtual memory, as :func:`.virtual.described` gives it. ``others`` are the
+    roots of the other guests in that memory.
+    """
     from volatility3_ept.core.root import Root
 
     name = context.layers.free_layer_name("GuestPhysicalLayer")
@@ -53,6 +72,9 @@ def guest_layer(
         values["table"] = table
     if slots:
         values["slots"] = list(slots)
+        if others:
+            values["others"] = list(others)
+    values |= state or {}
     path = _configure(context, name, values)
     vollog.info("Guest %s: %s over %s", machine_id, root, base)
     return guest.GuestPhysicalLayer(context, path, name)
@@ -61,15 +83,24 @@ def guest_layer(
 def host_layer(
     context: interfaces.context.ContextInterface, base: str, found: Discovery, memory: HostMemory
 ) -> guest.HostWithoutGuestsLayer:
-    """Return the host without its guests' memory."""
-    roots = [machine.root for machine in found.all() if not machine.tables_in]
-    if not roots:
+    """Return the host without its guests' memory: what their tables in the host map, and what their VMMs still hold."""
+    from volatility3_ept.core.root import Root
+
+    masked: dict[str, str] = {}
+    for machine in found.all():
+        views = [view.root for view in machine.views if not view.tables_in]
+        slots = machine.recovery.slots if machine.recovery else ()
+        if not machine.tables_in:
+            masked[str(machine.root)] = ",".join(map(str, slots))
+        masked |= {str(root): "" for root in views if str(root) not in masked}
+    if not masked:
         vollog.warning("--guest host: no guest was found in this capture, so nothing is masked")
     name = context.layers.free_layer_name("HostWithoutGuestsLayer")
     values = {
         "base_layer": base,
-        "roots": [str(root) for root in roots],
-        "tables": [root.fingerprint(memory) for root in roots],
+        "roots": list(masked),
+        "tables": [Root.parse(root).fingerprint(memory) for root in masked],
+        "slots": list(masked.values()),
     }
     return guest.HostWithoutGuestsLayer(context, _configure(context, name, values), name)
 

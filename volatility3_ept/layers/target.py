@@ -84,7 +84,7 @@ def _target(memory: HostMemory, found: Discovery, machine: Machine) -> Target:
 def _explicit(memory: HostMemory, text: str, config: Mapping[str, Any]) -> Target:
     from volatility3_ept.core.root import Root
 
-    root = Root.parse(discovery.explicit(text, config))
+    root = Root.parse(discovery.explicit(text, config, memory))
     if root.address not in memory:
         raise errors.GuestError(f"{text}: the table at {root.address:#x} is not in the capture")
     root = root.resolved(memory)
