@@ -11,6 +11,8 @@ import json
 import lzma
 import re
 import struct
+import zlib
+from collections.abc import Collection
 from pathlib import Path
 
 from builders.paging import PAGE, HostRam
@@ -110,6 +112,89 @@ def avml(ram: HostRam, folder: Path) -> Path:
     return _written(folder / "host.avml", bytes(out))
 
 
+def vmem_alone(ram: HostRam, folder: Path) -> Path:
+    """A ``.vmem`` whose ``.vmss`` was not brought along: below 3 GiB it is a raw image."""
+    return _written(folder / "alone.vmem", ram.image())
+
+
+def xen(ram: HostRam, folder: Path) -> Path:
+    """What ``xl dump-core`` writes for a fully virtualized guest: pages in one section, their numbers in another.
+
+    A live dump has fewer pages than it announced; the rest are given the number ~0.
+    """
+    numbers = [address // PAGE for address in sorted(ram.pages)] + [(1 << 64) - 1] * 2
+    pages = b"".join(bytes(ram.pages[address]) for address in sorted(ram.pages)) + bytes(2 * PAGE)
+    table = struct.pack(f"<{len(numbers)}Q", *numbers)
+    names = b"\0.shstrtab\0.note.Xen\0.xen_pfn\0.xen_pages\0"
+    where, body, sections = 64 + 5 * 64, b"", bytes(64)
+    for name, kind, data, entry in (
+        (b".shstrtab", 3, names, 0),
+        (b".note.Xen", 7, b"", 0),
+        (b".xen_pfn", 1, table, 8),
+        (b".xen_pages", 1, pages, PAGE),
+    ):
+        body += bytes(-(where + len(body)) % 8)
+        position = names.index(name + b"\0")
+        sections += struct.pack("<IIQQQQIIQQ", position, kind, 0, 0, where + len(body), len(data), 0, 0, 8, entry)
+        body += data
+    head = struct.pack("<16sHHIQQQIHHHHHH", b"\x7fELF\x02\x01\x01", 4, 62, 1, 0, 0, 64, 0, 64, 0, 0, 64, 5, 1)
+    return _written(folder / "host.xen", head + sections + body)
+
+
+def kdump(ram: HostRam, folder: Path) -> Path:
+    """makedumpfile's compressed format, with zlib; pages of zeros share one descriptor's data."""
+    return _written(folder / "host.kdump", kdump_file(ram))
+
+
+def kdump_flat(ram: HostRam, folder: Path) -> Path:
+    """The same in the flattened form, as QEMU's ``dump-guest-memory -z`` and ``makedumpfile -F`` write it."""
+    return _written(folder / "host.flat", flattened(kdump_file(ram)))
+
+
+def kdump_file(
+    ram: HostRam,
+    excluded: Collection[int] = (),
+    level: int = 1,
+    status: int = 1,
+    machine: bytes = b"x86_64",
+    split: int = 0,
+) -> bytes:
+    """Return the file. ``excluded`` are addresses of pages that the machine had and the dump leaves out."""
+    last = max([*ram.pages, *excluded]) // PAGE + 1
+    blocks = -(-last // (PAGE * 8))
+    maps = [bytearray(blocks * PAGE), bytearray(blocks * PAGE)]
+    for address in {*ram.pages, *excluded}:
+        for held in maps if address not in excluded else maps[:1]:
+            held[address // PAGE // 8] |= 1 << address // PAGE % 8
+    names = [b"Linux", b"small", b"6.6.6-test", b"#1 SMP", machine, b"(none)"]
+    header = b"KDUMP   " + struct.pack("<i", 6) + b"".join(name.ljust(65, b"\0") for name in names) + bytes(22)
+    header += struct.pack("<IiiIIIIIIi", status, PAGE, 1, 2 * blocks, last, 0, 0, 0, 0, 1)
+    sub = struct.pack("<Qii11Q", 0, level, split, *[0] * 10, last)
+    dumped = sorted(set(ram.pages) - set(excluded))
+    at = (2 + 2 * blocks) * PAGE + 24 * len(dumped)
+    table, data, zeros = b"", zlib.compress(bytes(PAGE)), (at, len(zlib.compress(bytes(PAGE))))
+    for address in dumped:
+        page = bytes(ram.pages[address])
+        packed = zlib.compress(page, 1)
+        where, size, flag = at + len(data), len(packed), 1
+        if not any(page):
+            (where, size), packed = zeros, b""
+        elif len(packed) >= PAGE:
+            packed, size, flag = page, PAGE, 0
+        table += struct.pack("<QIIQ", where, size, flag, 0)
+        data += packed
+    return header.ljust(PAGE, b"\0") + sub.ljust(PAGE, b"\0") + bytes(maps[0] + maps[1]) + table + data
+
+
+def flattened(data: bytes, piece: int = 0x3333, end: bool = True) -> bytes:
+    """Return a file as the list of its writes, the last ones first; ``end`` marks where the list ends."""
+    out = b"makedumpfile".ljust(16, b"\0") + struct.pack(">qq", 1, 1)
+    out = out.ljust(PAGE, b"\0") + struct.pack(">qq", 0, PAGE) + data[:PAGE]
+    for at in reversed(range(PAGE, len(data), piece)):
+        out += struct.pack(">qq", at, len(data[at : at + piece])) + data[at : at + piece]
+    return out + (struct.pack(">qq", -1, -1) if end else b"")
+
+
 def _snappy(data: bytes) -> bytes:
     """Compress with what snappy offers for runs of one byte: a literal, and copies from one byte before."""
     out, size = bytearray(), len(data)
@@ -133,4 +218,4 @@ def _written(path: Path, data: bytes) -> Path:
 
 
 #: What the wrappers are called in test ids.
-FORMATS = (raw, lime, gz, xz, elf, crash_dump, vmware, qemu, avml)
+FORMATS = (raw, lime, gz, xz, elf, crash_dump, vmware, vmem_alone, qemu, avml, xen, kdump, kdump_flat)

@@ -54,7 +54,7 @@ def test_a_guest_reads_the_same_bytes(vol, files, host, name):
     vol("-f", files[name], "-o", folder, "--guest", "0", "layerwriter").check()
     ram, (guest, _) = host
     expected = b"".join(bytes(ram.page(guest.placed[gpa])) for gpa in sorted(guest.placed))
-    assert (folder / "primary.raw").read_bytes() == expected
+    assert (folder / "memory_layer.raw").read_bytes() == expected
 
 
 @pytest.mark.skipif(has_snappy(), reason="libsnappy is there")

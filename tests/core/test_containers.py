@@ -79,6 +79,22 @@ def test_more_program_headers_than_their_count_can_hold(tmp_path):
     assert len(containers.read(path).segments) == count
 
 
+@pytest.mark.parametrize("other", [0, 1, 40, 99])
+def test_a_raw_image_whose_first_and_middle_pages_are_text_is_no_text(tmp_path, other):
+    """Text lies anywhere in memory; a text file has nothing else."""
+    pages = [b"text" * 1024] * 100
+    path = tmp_path / "host.raw"
+    path.write_bytes(b"".join(pages))
+    assert containers.read(path) is None
+    pages[other] = os.urandom(4096)
+    path.write_bytes(b"".join(pages))
+    assert (containers.read(path) is not None) == (other in _looked_at(100))
+
+
+def _looked_at(count: int) -> set[int]:
+    return {count * part // 64 for part in range(64)} | {count - 1}
+
+
 def test_ranges_that_overlap_are_for_volatility(tmp_path):
     path = tmp_path / "odd.elf"
     rows = b"".join(struct.pack("<IIQQQQQQ", 1, 7, 64 + 112, 0, start, 4096, 4096, 0) for start in (0, 0x800))

@@ -1,6 +1,6 @@
 """From Volatility's layers to :class:`~volatility3_ept.core.memory.HostMemory`.
 
-Whatever file format Volatility stacked (raw, LiME, ELF core, VMware, crash dump, AVML, QEMU, a compressed file), the
+Whatever file format was stacked (raw, LiME, ELF core, VMware, crash dump, AVML, QEMU, kdump, a compressed file), the
 algorithms want one thing: which physical addresses are present, and their bytes. Linear formats over a plain file
 become segments over a read-only memory map; anything that decodes is read through the layer.
 """
@@ -16,9 +16,11 @@ from volatility3.framework import exceptions, interfaces
 from volatility3.framework.layers import intel, linear, physical
 
 from volatility3_ept.layers import errors, runs
+from volatility3_ept.spec import bits
 
 if TYPE_CHECKING:
     from volatility3_ept.core.memory import HostMemory
+    from volatility3_ept.layers import kdump
 
 vollog = logging.getLogger(__name__)
 
@@ -39,7 +41,8 @@ _NOT_A_CAPTURE = {
 
 #: Captures in a format that Volatility knows not, or could not open this time: their bytes are not memory.
 _NOT_OPENED = {
-    b"KDUMP   ": "a compressed kdump; convert it first (crash's makedumpfile -R, or dump in ELF format)",
+    b"KDUMP   ": "a compressed kdump, and KdumpStacker is not among the stackers",
+    b"makedumpfile": "a flattened file of makedumpfile that holds no compressed kdump; rearrange it: makedumpfile -R",
     b"LibvirtQemud": "a libvirt save file; dump with virsh dump --memory-only",
     b"QEVM": "a QEMU migration stream that Volatility cannot read",
     b"AVML": "an AVML file that Volatility cannot read; it needs the snappy library (Debian: libsnappy1v5)",
@@ -69,9 +72,13 @@ def host_memory(
         CaptureError: the file is empty, cannot be a capture, or ends before what its headers declare (unless
             ``allow_truncated``); the message is one line that a user can act on.
     """
+    from volatility3_ept.layers import kdump
+
     layer = context.layers[layer_name]
     if isinstance(layer, runs.RunsLayer):
         return layer.memory
+    if isinstance(layer, kdump.KdumpLayer):
+        return _whole_dump(layer, allow_truncated)
     chain = [layer]
     while isinstance(chain[-1], linear.LinearlyMappedLayer) and len(chain[-1].dependencies) == 1:
         below = context.layers[chain[-1].dependencies[0]]
@@ -90,6 +97,17 @@ def host_memory(
     return memory
 
 
+def _whole_dump(layer: kdump.KdumpLayer, allow_truncated: bool) -> HostMemory:
+    if layer.dump.incomplete and not allow_truncated:
+        lost = (
+            f"{layer.dump.missing:,} pages that it should hold are not in it" if layer.dump.missing else "by its marks"
+        )
+        raise errors.CaptureError(
+            f"the capture is truncated: it is an incomplete dump ({lost}); add --allow-truncated to use what is there"
+        )
+    return layer.memory
+
+
 def _compose(chain: list[interfaces.layers.DataLayerInterface], base: HostMemory) -> tuple[HostMemory, int]:
     """Compose linear layers, the top one first, over ``base``; returns the memory and the bytes that they declare."""
     import numpy as np
@@ -100,7 +118,11 @@ def _compose(chain: list[interfaces.layers.DataLayerInterface], base: HostMemory
         rows = [
             (start, size, target) for start, size, target, _, _ in layer.mapping(0, length, ignore_errors=True) if size
         ]
-        table = np.array(rows, dtype=np.int64).reshape(-1, 3)
+        # A live dump of Xen holds fewer pages than it announced, and numbers the rest ~0: no address.
+        real = [row for row in rows if row[0] < _PHYSICAL_END]
+        if len(real) < len(rows):
+            vollog.warning("%s: %d ranges have no physical address", type(layer).__name__, len(rows) - len(real))
+        table = np.array(real, dtype=np.int64).reshape(-1, 3)
         declared = int(table[:, 1].sum())
         memory = memory.remap(table[:, 0], table[:, 1], table[:, 2])
     return memory, declared
@@ -117,7 +139,10 @@ def _base_memory(layer: interfaces.layers.DataLayerInterface) -> HostMemory:
         if path is not None:
             return HostMemory.from_segments(FileSource(path), [(0, layer.maximum_address + 1, 0)])
     source = ReaderSource(_LayerReader(layer))
-    low, high = layer.minimum_address, layer.maximum_address + 1
+    try:
+        low, high = layer.minimum_address, layer.maximum_address + 1
+    except ValueError:  # Volatility's segmented layers have no addresses when they have no segments.
+        raise errors.CaptureError(f"Volatility's {type(layer).__name__} found no memory in the capture") from None
     if isinstance(layer, interfaces.layers.TranslationLayerInterface):
         segments = [(start, size, start) for start, size, *_ in layer.mapping(low, high - low, ignore_errors=True)]
         return HostMemory.from_segments(source, segments)
@@ -153,9 +178,13 @@ def plain_file(layer: physical.FileLayer) -> Path | None:
 
 def _refuse_non_capture(base: HostMemory, is_raw: bool, allow_truncated: bool) -> None:
     """Raise CaptureError for a file that cannot hold physical memory. Raw: no format layer took it."""
+    from volatility3_ept.core import containers
+
     size = base.size
     head = base.read(0, min(size, 4096)) or b""
-    if head.startswith(b"\x7fELF") and (is_raw or head[16:18] != _ET_CORE):
+    if head.startswith(b"\x7fELF") and is_raw and head[16:18] == _ET_CORE:
+        raise errors.CaptureError("the capture is an ELF core in which Volatility found no memory")
+    if head.startswith(b"\x7fELF") and head[16:18] != _ET_CORE:
         raise errors.CaptureError("this is no capture but an ELF file that is not a core")
     if not is_raw:
         return
@@ -167,8 +196,7 @@ def _refuse_non_capture(base: HostMemory, is_raw: bool, allow_truncated: bool) -
     for magic, what in _NOT_OPENED.items():
         if head.startswith(magic):
             raise errors.CaptureError(f"the capture is {what}")
-    sample = head + (base.read(size // 2 & ~0xFFF, 4096) or b"")
-    if not sample.translate(None, _TEXT):
+    if containers.is_text(base.read, size):
         raise errors.CaptureError("this is no capture but text")
     if size % 4096 and not allow_truncated:
         raise errors.CaptureError(
@@ -177,5 +205,5 @@ def _refuse_non_capture(base: HostMemory, is_raw: bool, allow_truncated: bool) -
         )
 
 
+_PHYSICAL_END = 1 << bits.MAX_PHYSICAL_BITS
 _ET_CORE = (4).to_bytes(2, "little")
-_TEXT = bytes(range(0x20, 0x7F)) + b"\t\n\r\f" + bytes(range(0x80, 0x100))

@@ -10,7 +10,7 @@ from volatility3.framework import contexts, interfaces, layers
 from volatility3.framework.automagic import stacker
 from volatility3.framework.layers import physical
 
-from volatility3_ept.layers import host
+from volatility3_ept.layers import host, kdump
 
 if TYPE_CHECKING:
     from volatility3_ept.core.memory import HostMemory
@@ -20,7 +20,7 @@ _FIRST_OS_ORDER = 31
 
 
 def memory(path: Path, allow_truncated: bool = False) -> HostMemory:
-    """Return the memory of a file in any format that Volatility knows.
+    """Return the memory of a file in any format that Volatility knows, or a compressed kdump.
 
     Raises:
         OSError: the file cannot be read.
@@ -38,5 +38,9 @@ def memory(path: Path, allow_truncated: bool = False) -> HostMemory:
         ),
         key=lambda item: item.stack_order,
     )
+    dump = kdump.stack(context, "file")
+    if dump is not None:
+        context.add_layer(dump)
+        return host.host_memory(context, dump.name, allow_truncated)
     top = stacker.LayerStacker.stack_layer(context, "file", chosen)[0]
     return host.host_memory(context, top, allow_truncated)
