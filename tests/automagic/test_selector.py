@@ -7,10 +7,11 @@ import volatility
 from builders import machine, paging
 from volatility3.framework import automagic, exceptions, interfaces, plugins
 from volatility3.framework.automagic import stacker as vol_stacker
+from volatility3.framework.configuration import requirements
 from volatility3.plugins import banners
 
 from volatility3_ept.automagic import GuestGuard, GuestSelector, GuestStacker, selector
-from volatility3_ept.layers import errors, guest, options, runs
+from volatility3_ept.layers import errors, guest, host, options, runs
 
 GUEST = f"{options.CONFIG_PATH}.guest"
 
@@ -38,7 +39,8 @@ def construct(path, wanted=None, plugin=banners.Banners, **config):
 
 
 def primary(plugin) -> interfaces.layers.DataLayerInterface:
-    return plugin.context.layers[plugin.config["primary"]]
+    """The physical layer of a plugin: below the virtual one, where its guest has one."""
+    return plugin.context.layers[host.physical_layer(plugin.context, plugin.config["primary"])]
 
 
 def test_without_the_option_no_layer_of_ours_is_stacked(host_file):
@@ -59,6 +61,19 @@ def test_a_root_selects_without_any_search(host_file, monkeypatch):
     monkeypatch.setattr("volatility3_ept.core.search.discover", lambda *_: pytest.fail("searched"))
     layer = primary(construct(path, f"eptp={guests[0].root:#x}"))
     assert layer.read(guests[0].kernel_gpa, 13) == b"Linux version"
+
+
+def test_a_root_that_was_typed_without_its_c_bit_is_read_all_the_same(tmp_path):
+    ram, (own,) = machine.host(paging.NPT_4)
+    for table in own.tables.table_pages:
+        for at in range(table, table + paging.PAGE, 8):
+            entry = ram.read_entry(at)
+            ram.write_entry(at, entry | 1 << 51 if entry else 0)
+    path = tmp_path / "host.lime"
+    path.write_bytes(ram.lime())
+    layer = primary(construct(path, f"ncr3={own.root:#x}"))
+    assert layer.root.key_bit == 51
+    assert layer.read(own.kernel_gpa, 13) == b"Linux version"
 
 
 def test_host_is_the_host_without_its_guests(host_file):
@@ -101,7 +116,8 @@ def test_the_guard_refuses_a_layer_that_is_not_the_guests(host_file):
 
 def test_the_guard_accepts_layers_that_stand_on_the_guest(host_file):
     plugin = construct(host_file[0], "1")
-    GuestGuard(plugin.context, "automagic.GuestGuard")(plugin.context, "plugins", None)
+    nothing = requirements.MultiRequirement(name="Banners")
+    GuestGuard(plugin.context, "automagic.GuestGuard")(plugin.context, "plugins", nothing)
 
 
 def test_the_selector_runs_before_every_other_automagic_and_the_guard_after():
@@ -167,3 +183,11 @@ def test_a_configuration_of_a_nested_guest_is_that_guests_and_not_its_parents(wa
         return
     with pytest.raises(errors.GuestError, match=r"describes guest 0\.0"):
         selector._refuse_other_layers(held, wanted)
+
+
+def test_a_configuration_without_an_id_is_named_by_its_root():
+    layer = f"{guest.__name__}.{guest.GuestPhysicalLayer.__name__}"
+    config = {"primary.class": layer, "primary.root": "eptp=0x105e"}
+    with pytest.raises(errors.GuestError, match="describes the guest at eptp=0x105e, without an id") as error:
+        selector._refuse_other_layers(interfaces.configuration.HierarchicalDict(config), "0")
+    assert "None" not in error.value.message

@@ -5,6 +5,7 @@ from __future__ import annotations
 from volatility3.framework import constants, interfaces
 from volatility3.framework.layers import intel
 
+from volatility3_ept.automagic import missing
 from volatility3_ept.layers import discovery, options, runs, stacking
 
 #: Set by the selector when the plugin takes ``--guest`` itself.
@@ -41,9 +42,17 @@ class GuestStacker(interfaces.automagic.StackerLayerInterface):
         discovery.check_syntax(wanted)
         if "=" in wanted:
             memory = discovery.open_capture(context, layer_name, config).memory
-            return stacking.guest_layer(context, layer_name, discovery.explicit(wanted, config), wanted, memory)
+            layer = stacking.guest_layer(
+                context, layer_name, discovery.explicit(wanted, config, memory), wanted, memory
+            )
+            missing.remember(missing.Guest(wanted, layer.memory))
+            return layer
         capture = discovery.open_capture(context, layer_name, config)
         memory, found = capture.memory, capture.discover(config, progress_callback)
         if wanted.strip().lower() == discovery.HOST:
-            return stacking.host_layer(context, layer_name, found, memory)
+            host = stacking.host_layer(context, layer_name, found, memory)
+            missing.remember(missing.Guest(wanted, host.memory))
+            return host
+        machine = discovery.select(found, wanted)
+        missing.remember(missing.Guest(wanted, machine.memory, machine))
         return stacking.machine_layer(context, layer_name, found, wanted, memory)

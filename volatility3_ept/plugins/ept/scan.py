@@ -11,7 +11,7 @@ from volatility3.framework.configuration import requirements
 from volatility3.framework.renderers import format_hints
 
 import volatility3_ept.automagic  # noqa: F401  (registers --guest)
-from volatility3_ept.layers import discovery, errors, folder, hostcheck, options, saving
+from volatility3_ept.layers import discovery, folder, hostcheck, options, saving
 from volatility3_ept.layers.hints import Bytes
 
 if TYPE_CHECKING:
@@ -50,8 +50,15 @@ class Scan(options.SharedOptions, interfaces.plugins.PluginInterface):
     def _generator(
         self, shown: list[Machine], memory: HostMemory, found: Discovery
     ) -> Iterator[tuple[int, tuple[Any, ...]]]:
+        from volatility3_ept.core import hyperv
+
         base = shown[0].depth if shown else 0
         for machine in shown:
+            role = hyperv.role(machine, found, memory)
+            evidence = [
+                *_evidence(machine, memory, found),
+                *(f"+ role: {text}" for text in (role.evidence if role else ())),
+            ]
             yield (
                 machine.depth - base,
                 (
@@ -61,9 +68,9 @@ class Scan(options.SharedOptions, interfaces.plugins.PluginInterface):
                     machine.root.levels,
                     len(machine.vcpus),
                     Bytes(machine.guest_map.mapped_bytes),
-                    machine.system,
+                    f"{machine.system}, {role.name}" if role else machine.system,
                     machine.found_by,
-                    "; ".join(_evidence(machine, memory, found)),
+                    "; ".join(evidence),
                 ),
             )
 
@@ -77,11 +84,8 @@ class Scan(options.SharedOptions, interfaces.plugins.PluginInterface):
             )
             for machine in shown
         }
-        target = folder.inside(folder.output(self), name, "--save")
-        try:
-            output.write_texts(target, texts, bool(self.config.get("overwrite", False)))
-        except output.OutputError as error:
-            raise errors.EptError(f"--save {name}: {error}") from None
+        overwrite = bool(self.config.get("overwrite", False))
+        folder.fill(self, name, "--save", lambda path: output.write_texts(path, texts, overwrite), output.OutputError)
 
     def run(self) -> renderers.TreeGrid:
         """Return one row per machine. The search comes first: an error then stands alone, without a table's head."""
