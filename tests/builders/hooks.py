@@ -15,9 +15,15 @@ from .paging import EPT_4, LONG_4, NPT_4, PAGE, GuestRam, HostRam, Shape, Tables
 #: JMP rel32 at the beginning of a function, in place of PUSH RBP; MOV RBP, RSP; NOP.
 AT, OLD, NEW = 0x40, b"\x55\x48\x89\xe5\x90", b"\xe9\xfb\x0f\x00\x00"
 EXECUTE_ONLY, NO_EXECUTE, READ_ONLY, UNCACHED = 0x34, 0x33, 0x35, 0x07
-NX_DATA = 1 << 63 | 0x63
+NX_DATA, READ_EXECUTE = 1 << 63 | 0x63, 0x61
 #: VM_FUNCTION_CONTROLS and EPTP_LIST_ADDR in the layout "haswell"; secondary control "enable VM functions".
 _HASWELL_FUNCTIONS, _HASWELL_LIST, _ENABLE_VMFUNC = 0x380, 0x388, 1 << 13
+#: 64-bit control fields in the layout "bochs_3_0", at 0x210 + 4 * (encoding & 0x3FF).
+BOCHS = {"VE_AREA": 0x2B8, "SPPTP": 0x2D0, "TERTIARY": 0x2E0, "HLATP": 0x310}
+#: Controls that every vCPU has here, and the one that switches the tertiary ones on.
+PROC, PROC2, USE_TERTIARY = 0xB5A0_6DFA, 0x0012_14EF, 1 << 17
+#: VMCALL; RET and VMMCALL; RET, as the hypercall page of Hyper-V begins.
+VMCALL_PAGE, VMMCALL_PAGE = b"\x0f\x01\xc1\xc3", b"\x0f\x01\xd9\xc3"
 
 
 def code(number: int) -> bytes:
@@ -41,11 +47,12 @@ class Victim:
     shape: Shape = EPT_4
     pages: int = 64
     code_pages: int = 8
+    layout: str = "haswell"
     code: list[int] = field(default_factory=list)
     data: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.guest = Guest(self.ram, self.shape, self.pages, first=PAGE)
+        self.guest = Guest(self.ram, self.shape, self.pages, first=PAGE, layout=self.layout)
         self.code = [self.guest.kernel_gpa, *(self.guest.ram.allocate() for _ in range(self.code_pages - 1))]
         self.data = [self.guest.ram.allocate() for _ in range(self.code_pages)]
         for number, (gpa, other) in enumerate(zip(self.code, self.data, strict=True)):
@@ -100,6 +107,27 @@ def guest_remap(victim: Victim, page: int = 3) -> int:
     return copy
 
 
+def writable_alias(victim: Victim, page: int = 3) -> int:
+    """Let the guest's own kernel write a page of code at another of its addresses. Return where the page is."""
+    victim.guest.own.map(KERNEL, victim.code[0], bits=READ_EXECUTE)
+    for number, gpa in enumerate(victim.code):
+        victim.guest.own.map(KERNEL + number * PAGE, gpa, bits=READ_EXECUTE)
+    victim.guest.own.map(KERNEL + 0x180 * PAGE, victim.code[page], bits=NX_DATA)
+    return victim.code[page]
+
+
+def switch_on(victim: Victim, proc: int = 0, proc2: int = 0, eptp: int = 0, **fields: int) -> None:
+    """Set controls in a victim's VMCS, and fields that :data:`BOCHS` names."""
+    raw = bytearray(
+        victim.guest.control_page(
+            proc=PROC | proc, proc2=PROC2 | proc2, eptp=victim.guest.root | eptp, msr_bitmap=0x50_0000
+        )
+    )
+    for name, value in fields.items():
+        struct.pack_into("<Q", raw, BOCHS[name], value)
+    victim.ram.write(victim.structure, bytes(raw))
+
+
 def second_view(victim: Victim, change: dict[int, tuple[int, int | None]], vmfunc: bool = True) -> Tables:
     """Build a second EPT in which some pages have another frame and rights, and list both for VMFUNC."""
     other = Tables(victim.ram, victim.shape)
@@ -110,7 +138,7 @@ def second_view(victim: Victim, change: dict[int, tuple[int, int | None]], vmfun
         page = victim.ram.allocate()
         for slot, tables in enumerate((victim.tables, other)):
             victim.ram.write_entry(page + 8 * slot, tables.register)
-        raw = bytearray(victim.guest.control_page(proc2=0x0012_14EF | _ENABLE_VMFUNC, msr_bitmap=0x50_0000))
+        raw = bytearray(victim.guest.control_page(proc2=PROC2 | _ENABLE_VMFUNC, msr_bitmap=0x50_0000))
         struct.pack_into("<QQ", raw, _HASWELL_FUNCTIONS, 1, page)
         victim.ram.write(victim.structure, bytes(raw))
     return other
@@ -140,7 +168,7 @@ class Thin:
         for address in system:
             self.ram.write(address, struct.pack("<Q", address))
         self.guest_ram = GuestRam(self.ram, {address: address for address in system})
-        own = Tables(self.guest_ram, LONG_4)
+        self.own = own = Tables(self.guest_ram, LONG_4)
         kernel = self.guest_ram.allocate()
         own.map(KERNEL, kernel)
         self.ram.write(kernel, BANNER)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -31,6 +31,8 @@ class Difference:
     places: tuple[tuple[int, int], ...]
     first: bytes
     second: bytes
+    #: Where a stretch was not compared to its end: how many of its pages were.
+    only_pages: int = 0
 
     @property
     def is_copy(self) -> bool:
@@ -43,7 +45,7 @@ class Difference:
         ``page`` is the distance of the two pages from the beginning of what is told about.
         """
         if not self.places:
-            return "the bytes are equal"
+            return "the bytes are equal" + (f" in the first {self.only_pages} pages" if self.only_pages else "")
         if not self.is_copy:
             return f"the bytes have little in common ({self.likeness:.0%} of the words equal)"
         size = sum(last - first + 1 for first, last in self.places)
@@ -78,8 +80,8 @@ def first_difference(
 ) -> tuple[int, Difference] | None:
     """Return how the first two pages that differ do, in two stretches of frames, and their distance from the start.
 
-    At most :data:`MAX_COMPARED_PAGES` are compared. None when no pair of pages is in the captures; where all are equal,
-    the first pair.
+    At most :data:`MAX_COMPARED_PAGES` are compared, and the difference says so. None when no pair of pages is in the
+    captures; where all are equal, the first pair.
     """
     offsets = np.arange(0, min(length, MAX_COMPARED_PAGES * PAGE_SIZE), PAGE_SIZE, dtype=np.int64)
     (one, held), (other, also) = (each.words(offsets + frame) for each, frame in zip(memories, frames, strict=True))
@@ -88,7 +90,8 @@ def first_difference(
         return None
     odd = both[(one[both] != other[both]).any(axis=1)]
     row = int(odd[0]) if odd.size else int(both[0])
-    return int(offsets[row]), of(one[row].tobytes(), other[row].tobytes())
+    only = offsets.size if length > offsets.size * PAGE_SIZE else 0
+    return int(offsets[row]), replace(of(one[row].tobytes(), other[row].tobytes()), only_pages=only)
 
 
 def of(one: bytes, other: bytes) -> Difference:

@@ -13,7 +13,8 @@ from volatility3_ept.core.root import EPT
 from volatility3_ept.spec import ept, ia32e
 from volatility3_ept.spec.paging import Format, Level, MemoryType
 
-_NAMES = {int(item): item.name for item in MemoryType}
+#: Memory types that are not reserved.
+TYPE_NAMES = {int(item): item.name for item in MemoryType}
 #: RAM of one unusual type that is less than this share of the guest's was singled out.
 _SINGLED_OUT = 0.01
 #: Refused entries, and stretches of one memory type, that are looked into one by one.
@@ -51,7 +52,7 @@ def _why(fmt: Format, level: Level, entry: int) -> str:
         return "W without R"
     leaf = bool(fmt.is_leaf(entry, level))
     memory_type = (entry & ept.MEMORY_TYPE) >> ept.MEMORY_TYPE_SHIFT
-    return f"reserved memory type {memory_type}" if leaf and memory_type not in _NAMES else "reserved bits"
+    return f"reserved memory type {memory_type}" if leaf and memory_type not in TYPE_NAMES else "reserved bits"
 
 
 def _memory_types(subject: Subject) -> Iterator[Finding]:
@@ -66,8 +67,11 @@ def _memory_types(subject: Subject) -> Iterator[Finding]:
         chosen = np.flatnonzero((kinds == memory_type) & ram.meets(guest_map.hpas, guest_map.lengths))
         size = int(guest_map.lengths[chosen].sum())
         grave = Severity.LOW if size <= max(_SINGLED_OUT * total, 16 << 12) else Severity.INFO
+        if grave and chosen.size > _MOST:
+            text = f"{chosen.size} stretches of RAM of one unusual type; the first {_MOST} are shown"
+            yield Finding(subject.machine.id, Kind.MEMORY_TYPE, grave, None, size, None, text)
         for index in chosen[: _MOST if grave else 1].tolist():
             run = guest_map.run(index)
-            name = _NAMES.get(memory_type, str(memory_type))
+            name = TYPE_NAMES.get(memory_type, str(memory_type))
             text = f"RAM mapped {name}; {size:#x} bytes of {total:#x} are"
             yield Finding(subject.machine.id, Kind.MEMORY_TYPE, grave, run.gpa, run.length, run.hpa, text)

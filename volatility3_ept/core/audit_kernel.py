@@ -34,6 +34,8 @@ class Kernel:
     accesses: Int64 = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     code: Ranges = field(default_factory=Ranges)
     notes: tuple[str, ...] = ()
+    #: Bits of a guest-virtual address that the guest's tables translate.
+    width: int = 48
 
     def chosen(self, is_code: bool) -> tuple[Int64, Int64, Int64]:
         """Return ``(gvas, lengths, gpas)`` of what may be executed, or of what may not."""
@@ -46,8 +48,11 @@ class Kernel:
         held = np.flatnonzero((gpas <= gpa) & (gpa < gpas + lengths))
         if not held.size:
             return None
-        at = int(gvas[held[0]]) + gpa - int(gpas[held[0]])
-        return at | (1 << 64) - (1 << 48) if at >> 47 == 1 else at
+        return self.canonical(int(gvas[held[0]]) + gpa - int(gpas[held[0]]))
+
+    def canonical(self, gva: int) -> int:
+        """Return a guest-virtual address as the guest writes it: in 64-bit modes sign-extended."""
+        return gva | (1 << 64) - (1 << self.width) if self.width > 32 and gva >> (self.width - 1) == 1 else gva
 
 
 def find(machine: Machine) -> Kernel:
@@ -59,6 +64,8 @@ def find(machine: Machine) -> Kernel:
     spaces = list(dict.fromkeys(cr3 for cr3 in known if cr3))
     best: GuestMap | None = None
     notes: list[str] = []
+    if len(spaces) > MAX_SPACES:
+        notes.append(f"{len(spaces)} address spaces are known: the first {MAX_SPACES} were looked into")
     for cr3 in spaces[:MAX_SPACES]:
         space = leaves.traverse(machine.memory, fmt, cr3, dialect.GENERIC)
         notes += space.findings.notes
@@ -73,7 +80,9 @@ def find(machine: Machine) -> Kernel:
     runs = (best.gpas, best.lengths, best.hpas, best.accesses)
     code = (runs[3] & int(Access.EXECUTE)) != 0
     ranges = Ranges(*gpamap.union(runs[2][code], (runs[2] + runs[1])[code]))
-    return Kernel(*runs, ranges, tuple(notes))
+    if not ranges.starts.size:
+        notes.append("nothing in the kernel's half of its address space may be executed: nothing is said of its code")
+    return Kernel(*runs, ranges, tuple(notes), fmt.address_bits)
 
 
 def _upper(space: GuestMap, half: int) -> GuestMap:

@@ -39,13 +39,16 @@ def _unreadable(subject: Subject, kernel: Kernel) -> Iterator[Finding]:
         yield Finding(subject.machine.id, Kind.UNREADABLE_PAGE, Severity.MEDIUM, None, size, None, text)
         hidden = hidden[:_MOST]
     in_code = kernel.code.meets(guest_map.gpas[hidden], guest_map.lengths[hidden])
-    small = [int(i) for i in hidden if guest_map.lengths[i] == PAGE_SIZE]
+    # Copies are looked for of few: the kernel's code first.
+    small = [int(i) for i in hidden[np.argsort(~in_code, kind="stable")] if guest_map.lengths[i] == PAGE_SIZE]
     copies = audit_bytes.twins(below, [int(guest_map.hpas[i]) for i in small])
+    unsought = {int(guest_map.hpas[i]) for i in small[audit_bytes.MAX_WANTED :]}
     for index, code in zip(hidden.tolist(), in_code.tolist(), strict=True):
         run = guest_map.run(index)
         executes = bool(run.access & Access.EXECUTE)
         text = f"{run.access.letters()}, leaf of {bits.size_name(run.page_size)}"
         text += "; in the guest kernel's code" if code else ""
+        text += "; a copy of it was not looked for (too many such pages)" if run.hpa in unsought else ""
         copy = copies.get(run.hpa) if run.length == PAGE_SIZE else None
         if copy is not None:
             difference = audit_bytes.compare(below, copy, run.hpa)
@@ -75,6 +78,10 @@ def _odd(subject: Subject, kernel: Kernel, is_code: bool, seen: set[int]) -> Ite
                 text = f"{count:#x} bytes of kernel code differ from their neighbours in W alone"
                 yield Finding(subject.machine.id, Kind.ODD_RIGHTS, Severity.INFO, None, count, None, text)
             continue
+        count = int(odd.sum())
+        if count > _MOST:
+            text = f"{count} stretches of kernel {'code' if is_code else 'data'}; the first {_MOST} were looked into"
+            yield Finding(subject.machine.id, Kind.ODD_RIGHTS, Severity.LOW, None, int(sizes[odd].sum()), None, text)
         for start in np.flatnonzero(odd)[:_MOST].tolist():
             at = int(first[start])
             if int(gpas[at]) in seen:
@@ -84,7 +91,7 @@ def _odd(subject: Subject, kernel: Kernel, is_code: bool, seen: set[int]) -> Ite
             own = Access(int(rights[at])).letters()
             code = is_code or bool(kernel.code.hold(gpas[at : at + 1])[0])
             part = "code" if code else "data"
-            text = f"{own} between {around}, in the guest kernel's {part} at GVA {_canonical(int(gvas[at])):#x}"
+            text = f"{own} between {around}, in the guest kernel's {part} at GVA {kernel.canonical(int(gvas[at])):#x}"
             grave = Severity.HIGH if code else Severity.LOW
             run = subject.machine.guest_map.run(int(subject.machine.guest_map.find(gpas[at : at + 1])[0][0]))
             if run.page_size > PAGE_SIZE:
@@ -111,7 +118,3 @@ def _between_equals(starts: Int64, sizes: Int64, values: Int64) -> Bools:
         touch = starts[1:] == starts[:-1] + sizes[:-1]
         odd[1:-1] = touch[:-1] & touch[1:] & (values[:-2] == values[2:]) & (values[1:-1] != values[:-2])
     return odd
-
-
-def _canonical(gva: int) -> int:
-    return gva | (1 << 64) - (1 << 48) if gva >> 47 == 1 else gva

@@ -8,12 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from volatility3_ept.core import audit_bytes, audit_mapdiff
-from volatility3_ept.core.audit_finding import MAX_ROWS, Finding, Kind, Severity, Subject
+from volatility3_ept.core.audit_finding import Finding, Kind, Severity, Subject
 from volatility3_ept.core.audit_kernel import Kernel
 from volatility3_ept.core.audit_mapdiff import MapDifference
 from volatility3_ept.core.gpamap import GuestMap
-from volatility3_ept.core.machines import Machine
-from volatility3_ept.core.memory import HostMemory
 from volatility3_ept.core.root import EPT, Root, RootError
 from volatility3_ept.spec import bits
 from volatility3_ept.spec.bits import PAGE_SIZE
@@ -39,14 +37,15 @@ class OtherView:
     source: str
 
 
-def others(machine: Machine, below: HostMemory) -> tuple[list[OtherView], list[str]]:
+def others(subject: Subject) -> tuple[list[OtherView], list[str]]:
     """Return the further roots of a machine whose tables lie in the same memory, each once, and notes."""
+    machine, below = subject.machine, subject.below
     found = {machine.root.address: OtherView(machine.root, "")}
     for view in machine.views:
         if view.tables_in == machine.tables_in:
             found.setdefault(view.root.address, OtherView(view.root, "a root of its own"))
     notes: list[str] = []
-    for page, pointers in _lists(machine, below):
+    for page, pointers in _lists(subject, notes):
         for slot, raw in enumerate(pointers):
             root = _root(raw, machine.root) if raw else None
             if root is not None and root.address in below:
@@ -57,19 +56,21 @@ def others(machine: Machine, below: HostMemory) -> tuple[list[OtherView], list[s
     return views[:MAX_VIEWS], notes
 
 
-def _lists(machine: Machine, below: HostMemory) -> Iterator[tuple[int, list[int]]]:
+def _lists(subject: Subject, notes: list[str]) -> Iterator[tuple[int, list[int]]]:
     """Yield the EPTP lists that a machine's vCPUs may switch by, each page once."""
     seen: set[int] = set()
-    for vcpu in machine.vcpus:
+    for vcpu in subject.vcpus:
         fields = vcpu.fields
         wanted = fields.get("SECONDARY_PROC_EXEC_CONTROLS", 0) & _ENABLE_VMFUNC
         page = fields.get("EPTP_LIST_ADDR", 0)
-        if vcpu.held_in != machine.tables_in or not wanted or page % PAGE_SIZE or page in seen:
+        if not wanted or not page or page % PAGE_SIZE or page in seen:
             continue
         if fields.get("VM_FUNCTION_CONTROLS", 0) & _EPTP_SWITCHING:
             seen.add(page)
-            raw = below.read(page, 8 * _LIST_ENTRIES) if page else None
-            if raw is not None:
+            raw = subject.below.read(page, 8 * _LIST_ENTRIES)
+            if raw is None:
+                notes.append(f"machine {subject.machine.id}: the EPTP list at {page:#x} is not in the capture")
+            else:
                 yield page, np.frombuffer(raw, dtype=np.uint64).tolist()
 
 
@@ -85,8 +86,7 @@ def _root(raw: int, like: Root) -> Root | None:
 
 def findings(subject: Subject, kernel: Kernel, notes: list[str]) -> Iterator[Finding]:
     """Yield what the views of a machine show differently."""
-    machine = subject.machine
-    views, own = others(machine, subject.below)
+    views, own = others(subject)
     notes += own
     for view in views:
         guest_map = view.root.traverse(subject.below)
@@ -105,7 +105,7 @@ def _compared(subject: Subject, kernel: Kernel, view: OtherView, guest_map: Gues
     yield Finding(machine.id, Kind.VIEWS, Severity.INFO, None, guest_map.mapped_bytes, view.root.address, text)
     for index in range(min(len(odd), _MAX_COMPARED)):
         yield _stretch(subject, kernel, odd, index)
-    if len(odd) > _MAX_COMPARED + MAX_ROWS:
+    if len(odd) > _MAX_COMPARED:
         size = int(odd.lengths[_MAX_COMPARED:].sum())
         text = f"{size:#x} more bytes differ between the views"
         yield Finding(machine.id, Kind.VIEW_RIGHTS, Severity.LOW, None, size, None, text)
@@ -115,7 +115,7 @@ def _stretch(subject: Subject, kernel: Kernel, odd: MapDifference, index: int) -
     """Return the finding for one stretch of guest-physical memory that both views map, differently."""
     gpa, length = int(odd.gpas[index]), int(odd.lengths[index])
     first, second = int(odd.first[index]), int(odd.second[index])
-    letters = [Access(int(column[index])).letters() for column in (odd.first_rights, odd.second_rights)]
+    letters = odd.letters(index)
     code = bool(kernel.code.meets(odd.gpas[index : index + 1], odd.lengths[index : index + 1])[0])
     part = "; in the guest kernel's code" if code else ""
     if first != second:
@@ -133,4 +133,6 @@ def _stretch(subject: Subject, kernel: Kernel, odd: MapDifference, index: int) -
     lost = Access(int(odd.changed_rights[index]))
     grave = Severity.INFO if lost == Access.WRITE else Severity.HIGH if code else Severity.MEDIUM
     text = f"{letters[0]} and {letters[1]}, one frame{part}"
+    if subject.role and "VTL1" in subject.role.name:
+        grave, text = Severity.INFO, f"{text}; {subject.role.name}: {'; '.join(subject.role.evidence)}"
     return Finding(subject.machine.id, Kind.VIEW_RIGHTS, grave, gpa, length, first, text)

@@ -6,8 +6,8 @@ import importlib
 from collections.abc import Callable
 
 
-def disassembler(bits: int = 64) -> Callable[[bytes, int], list[str]] | None:
-    """Return a function from bytes and the address they run at to instructions; None without iced-x86.
+def disassembler() -> Callable[..., list[str]] | None:
+    """Return a function from bytes, their address and the mode in bits to instructions; None without iced-x86.
 
     A last instruction that the bytes cut off is left out.
     """
@@ -17,7 +17,7 @@ def disassembler(bits: int = 64) -> Callable[[bytes, int], list[str]] | None:
         return None
     formatter = iced.Formatter(iced.FormatterSyntax.NASM)
 
-    def disassemble(code: bytes, address: int) -> list[str]:
+    def disassemble(code: bytes, address: int, bits: int = 64) -> list[str]:
         decoder = iced.Decoder(bits, code, ip=address & (1 << 64) - 1)
         return [formatter.format(each) for each in decoder if not each.is_invalid]
 

@@ -8,6 +8,7 @@ list, with exit status 0. ``--guest host`` cannot fall into this trap; ``ept.sca
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from volatility3.framework import constants, exceptions, interfaces
@@ -16,7 +17,7 @@ from volatility3.framework.layers import intel
 from volatility3_ept.layers import host, runs, stacking
 
 if TYPE_CHECKING:
-    from volatility3_ept.core.machines import Discovery
+    from volatility3_ept.core.machines import Discovery, Machine
 
 vollog = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ def warn(
     layer = stacking.with_system(copy, base, progress_callback)
     if not isinstance(layer, intel.Intel):
         return False
-    why = _misled(copy, layer, found)
+    why = misled(copy, layer, found.machines)
     if why:
         vollog.warning(
             "The kernel that Volatility takes for the host's is a guest's, or damaged: %s. "
@@ -45,10 +46,10 @@ def warn(
     return bool(why)
 
 
-def _misled(context: interfaces.context.ContextInterface, layer: intel.Intel, found: Discovery) -> str:
-    """Say why the chosen kernel cannot be the host's; empty when it can."""
+def misled(context: interfaces.context.ContextInterface, layer: intel.Intel, guests: Sequence[Machine]) -> str:
+    """Say why the chosen kernel cannot be that of the hypervisor of these guests; empty when it can."""
     table = int(layer.config["page_map_offset"])
-    owners = [machine.id for machine in found.machines if machine.guest_map.to_gpas(table)]
+    owners = [machine.id for machine in guests if machine.guest_map.to_gpas(table)]
     if owners:
         return f"its page table at {table:#x} is in the memory of guest {owners[0]}"
     banner = _banner_address(context, layer)
@@ -62,7 +63,7 @@ def _misled(context: interfaces.context.ContextInterface, layer: intel.Intel, fo
         text, frame = b"", None
     if text != _BANNER or frame is None:
         return f"its page table at {table:#x} does not lead to its own banner at {banner:#x}"
-    owners = [machine.id for machine in found.machines if machine.guest_map.to_gpas(frame)]
+    owners = [machine.id for machine in guests if machine.guest_map.to_gpas(frame)]
     return f"its banner at {frame:#x} is in the memory of guest {owners[0]}" if owners else ""
 
 

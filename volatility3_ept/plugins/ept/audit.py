@@ -12,11 +12,13 @@ from volatility3.framework.configuration import requirements
 from volatility3.framework.renderers import format_hints
 
 import volatility3_ept.automagic  # noqa: F401  (registers --guest)
-from volatility3_ept.layers import disassembly, discovery, errors, opening, options, target
+from volatility3_ept.layers import disassembly, discovery, errors, hostkernel, opening, options, target
 from volatility3_ept.layers.hints import Bytes
 
 if TYPE_CHECKING:
+    from volatility3_ept.core.audit_finding import Audit as Result
     from volatility3_ept.core.audit_finding import Finding
+    from volatility3_ept.core.audit_host import HostKernel
     from volatility3_ept.core.machines import Discovery
 
 vollog = logging.getLogger(__name__)
@@ -47,6 +49,11 @@ class Audit(options.SharedOptions, interfaces.plugins.PluginInterface):
                 name="severity",
                 description="The least severity to show",
                 default="info",
+                optional=True,
+            ),
+            requirements.BooleanRequirement(
+                name="no_host_check",
+                description="Do not look for the host's own kernel and its modules (faster)",
                 optional=True,
             ),
         ]
@@ -84,24 +91,35 @@ class Audit(options.SharedOptions, interfaces.plugins.PluginInterface):
         return [discovery.select(found, wanted).id]
 
     def _audit(self, capture: discovery.Opened, found: Discovery, chosen: list[str] | None) -> list[Finding]:
-        from volatility3_ept.core import audit
+        from volatility3_ept.core import audit, scan
 
-        result = audit.audit(found, capture.memory, chosen, disassembly.disassembler())
-        for note in result.notes:
-            vollog.warning("%s", note)
-        return list(result.findings)
+        hosts: dict[str, HostKernel] = {}
+        if found.machines and not self.config.get("no_host_check", False):
+            hosts = hostkernel.find(
+                self.context, self.config["primary"], found, capture.memory, self._progress_callback
+            )
+        progress = self._progress_callback or scan.silent
+        result = audit.audit(found, capture.memory, chosen, disassembly.disassembler(), hosts, progress)
+        return self._told(result)
 
     def _diff(self, capture: discovery.Opened, found: Discovery, chosen: list[str] | None) -> list[Finding]:
         from volatility3_ept.core import audit_diff
 
         path = Path(self.config["diff"])
+        if path.is_dir():
+            raise errors.EptError(f"--diff {path}: it is a folder")
         try:
             later = opening.memory(path, bool(self.config.get("allow_truncated", False)))
         except OSError as error:
-            raise errors.EptError(f"--diff {path}: {error.strerror}") from None
+            raise errors.EptError(f"--diff {path}: {error.strerror or error}") from None
         second = discovery.Opened(later, None).discover(self.config, self._progress_callback)
-        rows = audit_diff.compare((found, capture.memory), (second, later), disassembly.disassembler())
-        return [row for row in rows if chosen is None or row.machine in chosen]
+        result = audit_diff.compare((found, capture.memory), (second, later), disassembly.disassembler())
+        return [row for row in self._told(result) if chosen is None or row.machine in chosen]
+
+    def _told(self, result: Result) -> list[Finding]:
+        for note in result.notes:
+            vollog.warning("%s", note)
+        return list(result.findings)
 
     def _generator(self, rows: list[Finding]) -> Iterator[tuple[int, tuple[Any, ...]]]:
         from volatility3_ept.core.audit_finding import Severity
