@@ -34,10 +34,10 @@ def run(options: Options) -> Report:
     timing.command([*ours, "ept.scan", "--no-host-check"], cache)
     written = folder / "out"
 
-    def carve(form: str) -> Sample:
+    def carve(form: str, *more: str) -> Sample:
         shutil.rmtree(written, ignore_errors=True)
         written.mkdir()
-        arguments = ["-o", str(written), "ept.carve", "--guest", "0", "--format", form]
+        arguments = ["-o", str(written), "ept.carve", "--guest", "0", "--format", form, *more]
         return timing.command([*ours[:-2], "-f", str(image), *arguments], cache)
 
     def layerwriter() -> Sample:
@@ -57,13 +57,20 @@ def run(options: Options) -> Report:
     def nothing() -> Sample:
         return timing.command([*ours, "ept.walk", "--guest", "0", "--gpa", "0x1000"], cache)
 
-    actions = {"start": nothing, "cp": copy, "raw": lambda: carve("raw"), "elf": lambda: carve("elf")}
+    actions = {
+        "start": nothing,
+        "cp": copy,
+        "raw": lambda: carve("raw"),
+        "bare": lambda: carve("raw", "--no-hash"),
+        "elf": lambda: carve("elf"),
+    }
     samples = timing.in_turn(actions, options.runs)
     samples["layerwriter"] = [layerwriter()]
     start = timing.wall(samples["start"])
     names = {
         "cp": "`cp --sparse=always`",
         "raw": "`ept.carve --format raw`",
+        "bare": "`ept.carve --format raw --no-hash`",
         "elf": "`ept.carve --format elf`",
         "layerwriter": "`layerwriter`, 1 run",
     }
@@ -72,7 +79,7 @@ def run(options: Options) -> Report:
     for name, text in names.items():
         found = samples[name]
         wall = timing.wall(found)
-        rates[name] = length / (wall if name == "cp" else max(wall - start, 1e-9))
+        rates[name] = length / (wall if name == "cp" else max(wall - start, wall / 100))
         report.rows.append((
             text,
             f"{length / wall / 1e9:.2f} GB/s",
@@ -81,13 +88,18 @@ def run(options: Options) -> Report:
             f"{timing.cpu(found):.2f} s",
             timing.size(timing.peak(found)),
         ))  # fmt: skip
-    share, by = rates["raw"] / rates["cp"], rates["raw"] / rates["layerwriter"]
-    report.goals.append(Goal("70 % of `cp --sparse=always`", f"{share:.0%}", share >= 0.7))
-    report.goals.append(Goal("10 x `layerwriter`", f"{by:.1f} x", by >= 10))
+    for name, how in (("bare", "without the hash"), ("raw", "with it")):
+        share, by = rates[name] / rates["cp"], rates[name] / rates["layerwriter"]
+        report.goals.append(
+            Goal(f"70 % of `cp --sparse=always`, {how}", f"{share:.0%}", None if options.quick else share >= 0.7)
+        )
+        report.goals.append(Goal(f"10 x `layerwriter`, {how}", f"{by:.1f} x", None if options.quick else by >= 10))
+    most = rates["cp"] / rates["layerwriter"]
     report.notes.append(
         f"A guest of {timing.size(length)} whose pages lie in stretches of 16; files in the page cache, written to the "
         "same file system. *without start-up* leaves out what `ept.walk` of one address takes on the same host. "
-        "`ept.carve` also computes the SHA-256 of what it writes, `cp` and `layerwriter` do not."
+        "Without `--no-hash`, `ept.carve` also computes the SHA-256 of what it writes, which the others never do. "
+        f"`cp` itself is {most:.1f} x as fast as `layerwriter` here: that bounds the second goal."
     )
     shutil.rmtree(folder)
     return report

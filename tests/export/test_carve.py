@@ -89,7 +89,8 @@ def test_a_range(guest, tmp_path, format_):
 
 @pytest.mark.parametrize("format_", FORMATS)
 def test_the_rows_and_the_manifest_say_what_the_file_is(guest, tmp_path, format_):
-    done = carve.carve(image(guest, (HIGH) + 9 * PAGE), tmp_path, format_, source={"file": "host.raw", "bytes": 5})
+    source = {"file": "host.raw", "bytes": 5}
+    done = carve.carve(image(guest, (HIGH) + 9 * PAGE), tmp_path, format_, source=source, memory_sum=True)
     said = json.loads(done.manifest.read_text())
     with done.path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read())
@@ -195,6 +196,13 @@ def test_without_sums(guest, tmp_path):
     said = json.loads(done.manifest.read_text())
     assert done.sha256 is said["image"]["sha256"] is said["memory"]["sha256"] is None
     assert images.lime(done.path) == RANGES
+
+
+def test_the_sum_of_the_memory_is_computed_on_request_alone(guest, tmp_path):
+    done = carve.carve(image(guest), tmp_path, Format.LIME)
+    said = json.loads(done.manifest.read_text())
+    assert done.sha256 == said["image"]["sha256"] is not None
+    assert said["memory"]["sha256"] is None
 
 
 def test_a_machine_without_a_page_there(guest, tmp_path):

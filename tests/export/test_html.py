@@ -229,7 +229,7 @@ def test_the_browser_would_complain(evil, tmp_path):
     assert "/x.png" not in asked
 
 
-@pytest.mark.parametrize("name", captures.committed())
+@pytest.mark.parametrize("name", captures.committed(guests=1))
 def test_a_picture_of_a_real_capture(name, tmp_path):
     below, discovery = discovered.capture(name)
     shown = portrait.portraits(lineage.lines(discovery, below), below)

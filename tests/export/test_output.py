@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from volatility3_ept.export.output import Output, OutputError
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_a_published_file_holds_what_was_written_and_its_holes(tmp_path):
@@ -27,6 +33,42 @@ def test_nothing_is_left_after_an_error_or_an_interrupt(tmp_path, error):
         file.write(b"abc")
         raise error
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
+def test_nothing_is_left_when_the_process_is_told_to_end(tmp_path, name):
+    code = f"""
+import pathlib, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # A shell's background jobs ignore it.
+from volatility3_ept.export.output import Output
+with Output(pathlib.Path({str(tmp_path)!r}), "image") as file, Output(file.path.parent, "beside"):
+    file.write(b"abc")
+    print("writing", flush=True)
+    time.sleep(60)
+"""
+    number = getattr(signal, name)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=ROOT
+    )
+    assert process.stdout.readline() == b"writing\n"
+    assert len(list(tmp_path.iterdir())) == 2
+    process.send_signal(number)
+    assert process.wait(30) in (128 + number, -number)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_handlers_of_a_program_are_its_own_and_come_back(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    with Output(tmp_path, "image"):
+        assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is before
+    own = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with Output(tmp_path, "image"):
+            assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, own)
 
 
 def test_while_it_is_written_no_file_has_the_name(tmp_path):

@@ -59,9 +59,17 @@ class Image:
 
         ``below`` is the capture's memory, or that of the machine :attr:`Machine.tables_in`.
         """
-        about = {"id": machine.id, "root": str(machine.root), "system": machine.system, "found_by": machine.found_by}
+        about: dict[str, Any] = {
+            "id": machine.id,
+            "root": str(machine.root),
+            "system": machine.system,
+            "found_by": machine.found_by,
+        }
+        if machine.confidential:
+            about["confidential"] = list(machine.confidential)
         covered = coverage.account(machine.guest_map, below, machine.recovery)
-        return cls(file_name(machine.id, start, stop), machine.memory, covered, machine.vcpus, about, start, stop)
+        vcpus = tuple(vcpu for vcpu in machine.vcpus if vcpu.holds_registers)
+        return cls(file_name(machine.id, start, stop), machine.memory, covered, vcpus, about, start, stop)
 
     @property
     def end(self) -> int:
@@ -87,7 +95,7 @@ def file_name(machine: str, start: int = 0, stop: int | None = None) -> str:
 class Carved:
     """One written image: its size, how much of its range is memory and how much holes, and its SHA-256.
 
-    ``sha256`` is None where nobody asked for it, and for a file of so many zeros that nobody would wait for it.
+    ``sha256`` is None where it was not wanted, and for a file of so many zeros that nobody would wait for it.
     """
 
     path: Path
@@ -120,10 +128,12 @@ def carve(
     progress: Progress = silent,
     source: Mapping[str, Any] | None = None,
     sums: bool = True,
+    memory_sum: bool = False,
 ) -> Carved:
     """Write an image and its manifest. ``source`` is what the manifest says of the capture.
 
-    ``sums``: compute the SHA-256 of the file and of the memory in it, which costs more than the writing.
+    ``sums``: compute the SHA-256 of the file. ``memory_sum``: also that of the memory in it, which is the same for all
+    formats. Each costs about as much as the writing.
 
     Raises:
         OutputError: nothing was written; the message says why.
@@ -137,7 +147,7 @@ def carve(
         file, beside = (stack.enter_context(Output(folder, name, overwrite)) for name in names(image, format_))
         _check_room(whole, folder)
         file.reserve(whole.size)
-        hashed = [sums and whole.holes <= _MOST_ZEROS, sums]
+        hashed = [sums and whole.holes <= _MOST_ZEROS, memory_sum]
         digests = [stack.enter_context(closing(Digest())) if wanted else None for wanted in hashed]
         lost = _write(whole, memory, file, digests, progress)
         sha256, of_memory = (digest.hexdigest() if digest else None for digest in digests)

@@ -91,10 +91,7 @@ def _joined(pages: Int64) -> tuple[tuple[int, int], ...]:
 
 def filled(data: Bytes) -> list[tuple[int, int]]:
     """Return the stretches ``(start, end)`` of whole pages in which any byte is not zero."""
-    pages = data.view(np.uint64).reshape(-1, PAGE_SIZE // 8)
-    # Most pages in use show it in a few words: only the others are read whole.
-    used: Bools = np.asarray(pages[:, ::32].any(axis=1))
-    doubtful = np.flatnonzero(~used)
-    used[doubtful] = [pages[row].any() for row in doubtful.tolist()]
+    # The data are in the cache: to fold all words of a page into one is faster than any way to look at fewer.
+    used: Bools = np.bitwise_or.reduce(data.view(np.uint64).reshape(-1, PAGE_SIZE // 8), axis=1) != 0
     edges = np.flatnonzero(np.diff(used, prepend=False, append=False)) * PAGE_SIZE
     return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))

@@ -6,13 +6,14 @@ import errno
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 
 from volatility3_ept.export.chunks import Bytes
+from volatility3_ept.export.interrupts import orderly_end
 
 #: What a file system answers that knows no second name for a file.
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EACCES)
@@ -25,7 +26,8 @@ class OutputError(Exception):
 class Output:
     """One file in a folder, written under a temporary name in it and then renamed.
 
-    Leaving the context without :meth:`publish` removes it: after an error, and after an interrupt.
+    Leaving the context without :meth:`publish` removes it: after an error, after an interrupt, and when the process is
+    told to end (SIGTERM, SIGHUP). Only SIGKILL leaves it behind, as ``.NAME.*.part``.
     """
 
     def __init__(self, folder: Path, name: str, overwrite: bool = False) -> None:
@@ -35,16 +37,20 @@ class Output:
         self._overwrite = overwrite
         self._temporary: Path | None = None
         self._descriptor = -1
+        self._stack = ExitStack()
         if not overwrite and os.path.lexists(self.path):
             raise OutputError(f"{self.path} exists already; it was not touched (--overwrite replaces it)")
 
     def __enter__(self) -> Output:
         """Create the temporary file, which only its owner can read."""
-        with self._errors():
-            self._descriptor, name = tempfile.mkstemp(
-                dir=self.path.parent, prefix=f".{self.path.name}.", suffix=".part"
-            )  # fmt: skip
-            self._temporary = Path(name)
+        with ExitStack() as stack:
+            stack.enter_context(orderly_end())
+            with self._errors():
+                self._descriptor, name = tempfile.mkstemp(
+                    dir=self.path.parent, prefix=f".{self.path.name}.", suffix=".part"
+                )  # fmt: skip
+                self._temporary = Path(name)
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(
@@ -57,6 +63,7 @@ class Output:
         if self._temporary is not None:
             self._temporary.unlink(missing_ok=True)
             self._temporary = None
+        self._stack.close()
 
     def reserve(self, size: int) -> None:
         """Give the file its size, so that one which the file system cannot hold is refused at once."""
@@ -66,11 +73,13 @@ class Output:
     def write(self, data: Bytes | bytes) -> None:
         """Append bytes."""
         view = memoryview(data.data if isinstance(data, np.ndarray) else data).cast("B")
-        with self._errors():
+        try:
             while view:
                 written = os.pwrite(self._descriptor, view, self.position)
                 self.position += written
                 view = view[written:]
+        except OSError as error:
+            raise self._failed(error) from error
 
     def skip(self, count: int) -> None:
         """Leave a hole: zeros to a reader, nothing on the disk."""
@@ -106,7 +115,10 @@ class Output:
         try:
             yield
         except OSError as error:
-            raise OutputError(f"{self.path}: {error.strerror or error}; nothing of it is left") from error
+            raise self._failed(error) from error
+
+    def _failed(self, error: OSError) -> OutputError:
+        return OutputError(f"{self.path}: {error.strerror or error}; nothing of it is left")
 
 
 def write_texts(folder: Path, texts: Mapping[str, str], overwrite: bool = False) -> None:

@@ -50,7 +50,13 @@ class Carve(options.SharedOptions, interfaces.plugins.PluginInterface):
                 name="overwrite", description="Replace files that exist already", default=False, optional=True
             ),
             requirements.BooleanRequirement(
-                name="no_hash", description="Compute no SHA-256 (faster)", default=False, optional=True
+                name="no_hash", description="Compute no SHA-256 of the file (faster)", default=False, optional=True
+            ),
+            requirements.BooleanRequirement(
+                name="hash_memory",
+                description="Also compute the SHA-256 of the memory alone: the same for all formats",
+                default=False,
+                optional=True,
             ),
         ]
 
@@ -72,7 +78,7 @@ class Carve(options.SharedOptions, interfaces.plugins.PluginInterface):
         from volatility3_ept.export.output import OutputError
 
         base, format_, overwrite = self._folder(), plan.Format(self.config["format"]), bool(self.config["overwrite"])
-        progress, sums = self._progress_callback, not self.config["no_hash"]
+        progress, sums = self._progress_callback, (not self.config["no_hash"], self.config["hash_memory"])
         start, stop = self._range()
         capture = discovery.open_capture(self.context, self.config["primary"], self.config)
         found = target.targets(capture, self.config, progress)
@@ -88,7 +94,7 @@ class Carve(options.SharedOptions, interfaces.plugins.PluginInterface):
             for _, image in images:
                 carve.check(image, base, format_, overwrite)
             for name, image in images:
-                done = carve.carve(image, base, format_, overwrite, progress, self._source(), sums)
+                done = carve.carve(image, base, format_, overwrite, progress, self._source(), *sums)
                 written.append(done.path.name)
                 yield 0, _row(name, done)
         except OutputError as error:
