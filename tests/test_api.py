@@ -72,6 +72,32 @@ def test_every_format_gives_the_same_machine(ram, tmp_path, write):
         assert guest.read(9 * PAGE, PAGE) == stamp(9 * PAGE)
 
 
+def test_an_unchanged_file_is_not_searched_again(ram, tmp_path, monkeypatch):
+    path, index = containers.elf(ram[0], tmp_path), tmp_path / "index"
+    with volatility3_ept.open(path, index=index) as capture:
+        first = [machine.root for machine in capture.machines]
+    monkeypatch.setattr("volatility3_ept.core.search.Finder", lambda *_: pytest.fail("searched"))
+    with volatility3_ept.open(path, index=index) as capture:
+        assert [machine.root for machine in capture.machines] == first
+    with volatility3_ept.open(path, index=False) as capture, pytest.raises(pytest.fail.Exception):
+        _ = capture.machines
+    with volatility3_ept.open(path, index=index, recovery=False) as capture, pytest.raises(pytest.fail.Exception):
+        _ = capture.machines
+
+
+def test_without_an_index_nothing_is_written(ram, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with volatility3_ept.open(containers.elf(ram[0], tmp_path), index=False) as capture:
+        assert capture.machines
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_folder_that_cannot_be_written_costs_nothing_but_time(ram, tmp_path):
+    (tmp_path / "file").touch()
+    with volatility3_ept.open(containers.elf(ram[0], tmp_path), index=tmp_path / "file") as capture:
+        assert capture.machines
+
+
 @pytest.fixture
 def guest(ram, tmp_path):
     with volatility3_ept.open(containers.elf(ram[0], tmp_path)) as capture:
@@ -185,7 +211,7 @@ def test_nested_machines(tmp_path):
             assert child.translate(gpa).hpa == outer.placed[between]
 
 
-@pytest.mark.parametrize("name", captures.committed())
+@pytest.mark.parametrize("name", captures.committed(guests=1))
 def test_the_memory_of_a_real_guest(name):
     held = captures.get(name)
     (truth,) = held.guests

@@ -11,6 +11,7 @@ where no file is to be opened not at all. Nothing is ever written to a capture.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from types import TracebackType
 
 import numpy as np
 
-from volatility3_ept.core import containers, lineage, portrait, search, sharing
+from volatility3_ept.core import containers, indexfile, lineage, portrait, search, sharing
 from volatility3_ept.core.machines import Discovery
 from volatility3_ept.core.memory import FileSource, HostMemory, Int64
 from volatility3_ept.core.owner import Answer, Owners
@@ -55,11 +56,15 @@ def open_capture(
     recovery: bool = True,
     allow_truncated: bool = False,
     progress: Progress | None = None,
+    index: bool | Path = True,
 ) -> Capture:
     """Open the memory image of a host. The search for machines starts when they are first asked for.
 
     ``maxphyaddr``, ``recovery`` and ``allow_truncated`` are the options of ``vol`` (``--no-recovery`` is the opposite
     of ``recovery``). ``progress`` is called with a percentage and a text while the capture is searched.
+
+    ``index``: where things were found is kept in Volatility's cache folder, or in the one that is given, so that an
+    unchanged file is not searched again, by this interface or by a plugin. False: nothing is read from there or kept.
 
     Raises:
         OSError: the file cannot be read.
@@ -68,12 +73,12 @@ def open_capture(
     path = Path(path)
     found = containers.read(path)
     if found is None:
-        return Capture(path, _by_volatility(path, allow_truncated), maxphyaddr, recovery, progress)
+        return Capture(path, _by_volatility(path, allow_truncated), maxphyaddr, recovery, progress, index)
     if found.missing and not allow_truncated:
         raise CaptureError(f"{path}: the capture is truncated: {found.missing:,} bytes of memory are missing; "
                            "allow_truncated=True uses what is there")  # fmt: skip
     memory = HostMemory.from_segments(FileSource(path), [(s.start, s.length, s.offset) for s in found.segments])
-    return Capture(path, memory, maxphyaddr, recovery, progress)
+    return Capture(path, memory, maxphyaddr, recovery, progress, index)
 
 
 def _by_volatility(path: Path, allow_truncated: bool) -> HostMemory:
@@ -89,13 +94,20 @@ class Capture:
     """A host's memory and the machines in it. Use it in a ``with`` statement, or call :meth:`close`."""
 
     def __init__(
-        self, path: Path, memory: HostMemory, maxphyaddr: int, recovery: bool, progress: Progress | None
+        self,
+        path: Path,
+        memory: HostMemory,
+        maxphyaddr: int,
+        recovery: bool,
+        progress: Progress | None,
+        index: bool | Path = False,
     ) -> None:
         """Take an opened capture; :func:`open_capture` makes one."""
         self.path = path
         self.memory = memory
         self._options = (maxphyaddr, recovery)
         self._progress = progress
+        self._index = indexfile.folder() if index is True else index
 
     def __enter__(self) -> Capture:
         """Return the capture."""
@@ -122,8 +134,18 @@ class Capture:
     def discovery(self) -> Discovery:
         """Everything that the search gave: machines, what was not believed, and notes."""
         width, recover = self._options
-        known = {"progress": self._progress} if self._progress else {}
-        return search.discover(self.memory, width, recover=recover, **known)  # type: ignore[arg-type]
+        given = {"progress": self._progress} if self._progress else {}
+        # A format that decodes is left out: only of a plain file is every change seen.
+        if not self._index or not isinstance(self.memory.source, FileSource):
+            return search.discover(self.memory, width, recover=recover, **given)  # type: ignore[arg-type]
+        key = indexfile.key(self.path, self.memory, {"maxphyaddr": width, "recovery": recover})
+        known = indexfile.load(self._index, key)
+        found = search.discover(self.memory, width, known=known, recover=recover, **given)  # type: ignore[arg-type]
+        if found.index != known:
+            # A cache that cannot be written costs time, not the result.
+            with contextlib.suppress(OSError):
+                indexfile.save(self._index, key, found.index)
+        return found
 
     @property
     def machines(self) -> list[Machine]:

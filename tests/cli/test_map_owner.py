@@ -144,6 +144,7 @@ def test_a_range_and_one_guest(vol, small, host):
 
 WRONG = {
     "nothing": ([], "give one of --hpa"),
+    "twice": (["--hpa", "0x1000", "--hpa", "0x2000"], "--hpa was given more than once"),
     "two": (["--hpa", "0x1000", "--offset", "0"], "give one of --hpa"),
     "word": (["--hpa", "banana"], "--hpa banana: not a number"),
     "wide": (["--hpa", "0x10000000000000"], "at most 52 bits"),

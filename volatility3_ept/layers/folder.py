@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,3 +36,21 @@ def inside(base: Path, name: str, option: str) -> Path:
     if not path.is_relative_to(base.resolve()):
         raise errors.EptError(f"{option} {name}: that is outside the output folder {base} (-o); nothing was written")
     return path
+
+
+def fill(
+    plugin: interfaces.plugins.PluginInterface,
+    name: str,
+    option: str,
+    write: Callable[[Path], None],
+    failure: type[Exception],
+) -> None:
+    """Let ``write`` put files into a folder that the user named, within that of ``-o``.
+
+    EptError with one line when it leads out of it, and when ``write`` raises ``failure``.
+    """
+    target = inside(output(plugin), name, option)
+    try:
+        write(target)
+    except failure as error:
+        raise errors.EptError(f"{option} {name}: {error}") from None

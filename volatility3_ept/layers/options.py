@@ -8,10 +8,13 @@ These requirements therefore have argparse's SUPPRESS as default: not given mean
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
 from volatility3.framework import interfaces
 from volatility3.framework.configuration import requirements
+
+from volatility3_ept.layers import errors
 
 CONFIG_PATH = "automagic.GuestSelector"
 
@@ -51,13 +54,29 @@ class SharedOptions:
     """Mixin for our plugins, before PluginInterface: an option that was not given is None, as everywhere else."""
 
     config: Any
+    get_requirements: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Let Volatility fill in its defaults, then take argparse's marker out again."""
+        """Let Volatility fill in its defaults, then take argparse's marker out again.
+
+        GuestError when an option that takes several values was given more than once.
+        """
         super().__init__(*args, **kwargs)
+        for item in self.get_requirements():
+            if isinstance(item, requirements.ListRequirement):
+                _given_once(item.name, self.config.get(item.name, None) or [])
         for name in list(self.config):
             if self.config[name] == argparse.SUPPRESS:
                 self.config[name] = None
+
+
+def _given_once(name: str, values: list[Any]) -> None:
+    """Refuse a list option that the command line holds twice: argparse would drop the first one's values in silence."""
+    option = f"--{name.replace('_', '-')}"
+    words = [word for argument in sys.argv for word in argument.split("=", 1)]
+    # Where the values do not come from this command line, it says nothing of them.
+    if words.count(option) > 1 and {str(value) for value in values} <= set(words):
+        raise errors.GuestError(f"{option} was given more than once; give all its values behind one: {option} A B C")
 
 
 def shared() -> list[interfaces.configuration.RequirementInterface]:
