@@ -7,11 +7,12 @@ or data. Draws are the same on every run.
 from __future__ import annotations
 
 import random
-import struct
 
 import hypothesis
 import numpy as np
 import pytest
+from agreement import FORMATS, assert_same
+from builders import naive as manuals
 from builders import paging
 from builders.paging import HostRam, Shape
 from hypothesis import strategies as st
@@ -19,7 +20,7 @@ from readers import READERS, memory_of
 
 from volatility3_ept.core import leaves
 from volatility3_ept.core.walk import walk
-from volatility3_ept.spec import dialect, ept, ia32e, npt
+from volatility3_ept.spec import dialect
 from volatility3_ept.spec.paging import Access, Outcome
 
 
@@ -34,16 +35,6 @@ def deterministic(examples: int) -> hypothesis.settings:
         suppress_health_check=[hypothesis.HealthCheck.too_slow],
     )
 
-
-FORMATS = {shape.name: (shape, fmt) for shape, fmt in READERS.items()} | {
-    "EPT, MAXPHYADDR 39": (paging.EPT_4, ept.ept_format(4, 39)),
-    "EPT, mode-based execute": (paging.EPT_4, ept.ept_format(4, 46, mode_based_execute=True)),
-    "EPT, no execute-only": (paging.EPT_4, ept.EptFormat("EPT", ept.EPT_4.levels, execute_only=False)),
-    "NPT, C-bit": (paging.NPT_4, npt.npt_format(4, 43, key_bits=1 << 47)),
-    "NPT, PAE": (paging.PAE, npt.npt_format(3)),
-    "NPT, 32-bit": (paging.LEGACY, npt.npt_format(2)),
-    "32-bit, no PSE": (paging.LEGACY, ia32e.legacy(large_pages=False)),
-}
 
 #: Where the entries of a table are written, and hence which addresses are worth asking for.
 INDEXES = (0, 1, 255, 511)
@@ -103,34 +94,6 @@ def _entry(rng: random.Random, shape: Shape, level: int, shift: int, index: int,
     return entry ^ rng.choice(ODD_BITS) if rng.random() < 0.2 else entry
 
 
-def assert_same(found, fmt, result, address: int) -> None:
-    """Hold one answer of the map against one walk."""
-    findings = found.findings
-
-    def rows(table):
-        return [row for row in table.tolist() if row[0] <= address < row[0] + row[1]]
-
-    index, inside = found.find(np.array([address]))
-    inside = bool(inside[0])
-    assert inside == (result.target is not None)
-    assert bool(rows(findings.mmio)) == (result.outcome is Outcome.MMIO)
-    assert bool(rows(findings.misconfigured)) == (result.outcome is Outcome.MISCONFIGURED)
-    assert bool(rows(findings.unreadable)) == (result.outcome is Outcome.UNREADABLE)
-    if inside:
-        run = found.run(int(index[0]))
-        assert found.to_hpa(np.array([address])).tolist() == [result.target]
-        assert (run.access, run.page_size, run.state) == (result.access, result.page_size, result.state)
-        assert run.memory_type == result.memory_type & 7
-        assert run.gpa % run.page_size == 0
-        assert run.hpa % run.page_size == 0
-    for table in (findings.mmio, findings.misconfigured):
-        assert all(row[2] & (1 << 64) - 1 == result.steps[-1].entry for row in rows(table))
-    for _, span, table in rows(findings.unreadable):
-        step = result.steps[-1]
-        assert 0 <= step.entry_address - table < fmt.entry_bytes * step.level.entries
-        assert span == step.level.page_size * step.level.entries
-
-
 @pytest.mark.parametrize("who", dialect.DIALECTS.values(), ids=dialect.DIALECTS)
 @pytest.mark.parametrize(("shape", "fmt"), FORMATS.values(), ids=FORMATS)
 def test_the_traversal_agrees_with_the_walk(shape, fmt, who):
@@ -158,72 +121,17 @@ def test_the_traversal_agrees_with_the_walk(shape, fmt, who):
     agree()
 
 
-# A second walker, from the manuals alone: bytes in, words out.
-
-
-def read(ram: HostRam, address: int) -> int | None:
-    page = ram.pages.get(address & ~0xFFF)
-    return None if page is None else struct.unpack_from("<Q", page, address & 0xFFF)[0]
-
-
-def naive_ept(ram: HostRam, root: int, gpa: int, shifts: list[int]):
-    """Return ``(outcome, target, "RWX" bits, page size)`` as SDM Vol. 3C describes it."""
-    table, rights = root & 0x000F_FFFF_FFFF_F000, 0b111
-    for shift in shifts:
-        entry = read(ram, table + (gpa >> shift) % 512 * 8)
-        if entry is None:
-            return "unreadable", None, 0, 0
-        own, kind = entry % 8, entry // 8 % 8
-        if own == 0:
-            return "not present", None, 0, 0
-        if own == 0b110 and entry % (1 << 31) // 4096 == (gpa >> shift << shift) % (1 << 31) // 4096:
-            return "MMIO", None, 0, 0
-        if own == 0b010 and kind == 7:
-            return "MMIO", None, 0, 0
-        if own in (0b010, 0b110):
-            return "misconfigured", None, 0, 0
-        rights &= own
-        pointed = entry // 4096 % (1 << 40) * 4096
-        if shift == 12 or (shift in (21, 30) and entry // 128 % 2):
-            if kind in (2, 3, 7) or pointed % (1 << shift):
-                return "misconfigured", None, 0, 0
-            return "page", pointed + gpa % (1 << shift), rights, 1 << shift
-        if entry // 8 % 16 or (shift >= 39 and entry // 128 % 2):
-            return "misconfigured", None, 0, 0
-        table = pointed
-    return None
-
-
-def naive_npt(ram: HostRam, root: int, gpa: int, shifts: list[int]):
-    """The same as AMD's APM Vol. 2 describes it, for a nested walk with MAXPHYADDR unknown."""
-    table, writable, user, executable = root & 0x000F_FFFF_FFFF_F000, True, True, True
-    for shift in shifts:
-        entry = read(ram, table + (gpa >> shift) % 512 * 8)
-        if entry is None:
-            return "unreadable", None, 0, 0
-        if entry % 2 == 0:
-            return "not present", None, 0, 0
-        if entry >> 51 & 1 and entry % (1 << 31) // 4096 == (gpa >> shift << shift) % (1 << 31) // 4096:
-            return "MMIO", None, 0, 0
-        writable &= bool(entry & 2)
-        user &= bool(entry & 4)
-        executable &= entry >> 63 == 0
-        pointed = entry // 4096 % (1 << 40) * 4096
-        large = bool(entry // 128 % 2)
-        if shift == 12 or (shift in (21, 30) and large):
-            if shift > 12 and pointed // 8192 * 8192 % (1 << shift):
-                return "misconfigured", None, 0, 0
-            rights = 1 | writable << 1 | executable << 2 if user else 0
-            return "page", pointed >> shift << shift | gpa % (1 << shift), rights, 1 << shift
-        if shift >= 39 and large:
-            return "misconfigured", None, 0, 0
-        table = pointed
-    return None
+# A second walker, from the manuals alone.
 
 
 @pytest.mark.parametrize(
     ("shape", "naive"),
-    [(paging.EPT_4, naive_ept), (paging.EPT_5, naive_ept), (paging.NPT_4, naive_npt), (paging.NPT_5, naive_npt)],
+    [
+        (paging.EPT_4, manuals.ept),
+        (paging.EPT_5, manuals.ept),
+        (paging.NPT_4, manuals.npt),
+        (paging.NPT_5, manuals.npt),
+    ],
     ids=lambda value: getattr(value, "name", None),
 )
 def test_the_walk_agrees_with_a_second_one_written_from_the_manuals(shape, naive):
