@@ -17,7 +17,8 @@ from generate import GIB, PAGE
 from timing import Goal, Options, Report
 
 from volatility3_ept.core import leaves
-from volatility3_ept.core.memory import FileSource, HostMemory
+from volatility3_ept.core.memory import HostMemory
+from volatility3_ept.core.source import FileSource
 from volatility3_ept.spec import ept
 
 TITLE = "3. Flattening"

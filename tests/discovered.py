@@ -9,7 +9,8 @@ import captures
 from volatility3_ept.core import backing, search
 from volatility3_ept.core.backing import Recovery
 from volatility3_ept.core.machines import Discovery, Machine
-from volatility3_ept.core.memory import FileSource, HostMemory
+from volatility3_ept.core.memory import HostMemory
+from volatility3_ept.core.source import FileSource
 
 
 @functools.cache

@@ -25,7 +25,8 @@ from builders import layouts  # noqa: E402
 
 from volatility3_ept.core import infer, roots  # noqa: E402
 from volatility3_ept.core.infer_model import TARGETS, Inferred, KnownRoot  # noqa: E402
-from volatility3_ept.core.memory import FileSource, HostMemory  # noqa: E402
+from volatility3_ept.core.memory import HostMemory  # noqa: E402
+from volatility3_ept.core.source import FileSource  # noqa: E402
 
 UNKNOWN_ID = 0x5A5A_0001
 #: The layout in which each capture's VMCSs are.

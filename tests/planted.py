@@ -13,7 +13,8 @@ from builders.paging import PAGE, HostRam, Tables
 
 from volatility3_ept.core import audit_kernel, gpamap, mask
 from volatility3_ept.core.audit_host import HostKernel, Part
-from volatility3_ept.core.memory import FileSource, HostMemory
+from volatility3_ept.core.memory import HostMemory
+from volatility3_ept.core.source import FileSource
 
 FRAME, EXECUTE_NONE = 0x000F_FFFF_FFFF_F000, {"EPT": 4, "NPT": 1 << 63}
 _LARGE, _HUGE, _PAGE_SIZE = 1 << 21, 1 << 30, 1 << 7

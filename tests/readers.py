@@ -5,7 +5,8 @@ from __future__ import annotations
 from builders import paging
 from builders.paging import HostRam
 
-from volatility3_ept.core.memory import FileSource, HostMemory
+from volatility3_ept.core.memory import HostMemory
+from volatility3_ept.core.source import FileSource
 from volatility3_ept.spec import ept, ia32e, npt
 
 READERS = {

@@ -21,10 +21,11 @@ import numpy as np
 
 from volatility3_ept.core import containers, indexfile, lineage, portrait, search, sharing
 from volatility3_ept.core.machines import Discovery
-from volatility3_ept.core.memory import FileSource, HostMemory, Int64
+from volatility3_ept.core.memory import HostMemory, Int64
 from volatility3_ept.core.owner import Answer, Owners
 from volatility3_ept.core.root import Root
 from volatility3_ept.core.sharing import Shared
+from volatility3_ept.core.source import FileSource
 from volatility3_ept.export import html
 from volatility3_ept.export.output import OutputError
 from volatility3_ept.machine import Machine, MissingMemoryError, Run, Translation, read

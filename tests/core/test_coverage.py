@@ -17,7 +17,8 @@ from volatility3_ept.core import backing, coverage, leaves
 from volatility3_ept.core.backing import Recovery
 from volatility3_ept.core.coverage import Fate
 from volatility3_ept.core.gpamap import Findings, GuestMap
-from volatility3_ept.core.memory import FileSource, HostMemory
+from volatility3_ept.core.memory import HostMemory
+from volatility3_ept.core.source import FileSource
 from volatility3_ept.spec.dialect import State
 
 HVA, M2 = 0x7F00_0000_0000, 0x20_0000

@@ -9,7 +9,8 @@ from builders.paging import EPT_4, LEAF_SIZES, LONG_4, NPT_4, SHAPES, HostRam, T
 from readers import READERS, memory_of
 
 from volatility3_ept.core import leaves
-from volatility3_ept.core.memory import FileSource, HostMemory
+from volatility3_ept.core.memory import HostMemory
+from volatility3_ept.core.source import FileSource
 from volatility3_ept.core.walk import walk
 from volatility3_ept.spec import dialect
 from volatility3_ept.spec.dialect import State

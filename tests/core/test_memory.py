@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from builders.paging import PAGE, HostRam, stamp
 
-from volatility3_ept.core.memory import FileSource, HostMemory, ReaderSource, join_runs
+from volatility3_ept.core.memory import HostMemory, join_runs
+from volatility3_ept.core.source import FileSource, ReaderSource
 
 HOLE = 0x3000
 

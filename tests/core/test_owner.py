@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from readers import READERS, memory_of
 
 from volatility3_ept.core import lineage, owner, places, search
-from volatility3_ept.core.memory import FileSource, HostMemory
+from volatility3_ept.core.memory import HostMemory
 from volatility3_ept.core.owner import How, Owners
+from volatility3_ept.core.source import FileSource
 from volatility3_ept.spec.dialect import GENERIC
 from volatility3_ept.spec.paging import Access
 

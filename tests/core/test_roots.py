@@ -13,8 +13,9 @@ from builders.roots import G1, M2, plant, small_guest
 from readers import memory_of
 
 from volatility3_ept.core import roots
-from volatility3_ept.core.memory import FileSource, HostMemory, ReaderSource
+from volatility3_ept.core.memory import HostMemory
 from volatility3_ept.core.roots import Certainty
+from volatility3_ept.core.source import FileSource, ReaderSource
 
 PIB2 = 1 << 51
 SHAPES = pytest.mark.parametrize("shape", [EPT_4, EPT_5, NPT_4, NPT_5], ids=lambda shape: shape.name)

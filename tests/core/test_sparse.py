@@ -10,7 +10,8 @@ import pytest
 from builders.paging import PAGE, stamp
 
 from volatility3_ept.core import tables
-from volatility3_ept.core.memory import FileSource, HostMemory
+from volatility3_ept.core.memory import HostMemory
+from volatility3_ept.core.source import FileSource
 
 HOLE = 1 << 24
 

@@ -15,7 +15,8 @@ import pytest
 from export import images
 
 from volatility3_ept.core.coverage import Coverage
-from volatility3_ept.core.memory import FileSource, HostMemory, ReaderSource
+from volatility3_ept.core.memory import HostMemory
+from volatility3_ept.core.source import FileSource, ReaderSource
 from volatility3_ept.export import carve, elf, plan
 from volatility3_ept.export.output import OutputError
 from volatility3_ept.export.plan import Format

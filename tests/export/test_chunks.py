@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from volatility3_ept.core.memory import FileSource, HostMemory, ReaderSource
+from volatility3_ept.core.memory import HostMemory
+from volatility3_ept.core.source import FileSource, ReaderSource
 from volatility3_ept.export import chunks
 
 PAGE = 4096

@@ -20,9 +20,10 @@ from volatility3_ept.core.backing import Recovery
 from volatility3_ept.core.gpamap import Findings, GuestMap
 from volatility3_ept.core.lineage import Line
 from volatility3_ept.core.machines import Machine
-from volatility3_ept.core.memory import FileSource, HostMemory
+from volatility3_ept.core.memory import HostMemory
 from volatility3_ept.core.portrait import Portrait
 from volatility3_ept.core.root import Root
+from volatility3_ept.core.source import FileSource
 from volatility3_ept.export import axis, html, pictures
 from volatility3_ept.export.axis import Axis
 from volatility3_ept.spec.dialect import State

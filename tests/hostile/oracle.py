@@ -12,7 +12,8 @@ from captures import PAGE, Capture
 
 from volatility3_ept.core import search
 from volatility3_ept.core.machines import Discovery, Machine
-from volatility3_ept.core.memory import FileSource, HostMemory
+from volatility3_ept.core.memory import HostMemory
+from volatility3_ept.core.source import FileSource
 
 NAMES = ("kvm-ept", "kvm-npt")
 FRAME = 0x000F_FFFF_FFFF_F000

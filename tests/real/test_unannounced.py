@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from volatility3_ept.core import search
-from volatility3_ept.core.memory import FileSource, HostMemory
+from volatility3_ept.core.memory import HostMemory
+from volatility3_ept.core.source import FileSource
 from volatility3_ept.spec.bits import PAGE_SIZE
 
 

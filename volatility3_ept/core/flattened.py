@@ -17,7 +17,8 @@ from typing import Final
 
 import numpy as np
 
-from volatility3_ept.core.memory import FileSource, HostMemory, join_runs
+from volatility3_ept.core.memory import HostMemory, join_runs
+from volatility3_ept.core.source import FileSource
 
 SIGNATURE: Final = b"makedumpfile\0\0\0\0"
 #: The signature, a type and a version, in one block.

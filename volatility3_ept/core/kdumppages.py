@@ -12,7 +12,8 @@ import numpy as np
 
 from volatility3_ept.core import kdump
 from volatility3_ept.core.kdump import Kdump
-from volatility3_ept.core.memory import WORDS_PER_PAGE, Bools, HostMemory, Int64, Words
+from volatility3_ept.core.memory import Bools, HostMemory, Int64, Words
+from volatility3_ept.core.source import WORDS_PER_PAGE
 from volatility3_ept.spec.bits import PAGE_SHIFT, PAGE_SIZE
 
 #: What this module decodes: methods as :attr:`.kdump.Kdump.methods` names them.

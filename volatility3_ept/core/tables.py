@@ -14,7 +14,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from volatility3_ept.core.memory import WORDS_PER_PAGE, Bools, HostMemory, Int64, Words
+from volatility3_ept.core.memory import Bools, HostMemory, Int64, Words
+from volatility3_ept.core.source import WORDS_PER_PAGE
 from volatility3_ept.spec import bits, dialect, ept, ia32e, paging
 from volatility3_ept.spec.bits import PAGE_SIZE
 from volatility3_ept.spec.paging import Format, Level

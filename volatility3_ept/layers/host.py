@@ -130,7 +130,8 @@ def _compose(chain: list[interfaces.layers.DataLayerInterface], base: HostMemory
 
 def _base_memory(layer: interfaces.layers.DataLayerInterface) -> HostMemory:
     """Return the memory of the lowest layer: a mapped file where that gives the same bytes, else the layer's reads."""
-    from volatility3_ept.core.memory import FileSource, HostMemory, ReaderSource
+    from volatility3_ept.core.memory import HostMemory
+    from volatility3_ept.core.source import FileSource, ReaderSource
 
     if isinstance(layer, physical.FileLayer):
         path = plain_file(layer)

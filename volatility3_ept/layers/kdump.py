@@ -183,7 +183,8 @@ def _opened(path: Path, size: int, changed: int) -> Opened:
 
 def _core(path: Path) -> Opened:
     from volatility3_ept.core import containers
-    from volatility3_ept.core.memory import FileSource, HostMemory
+    from volatility3_ept.core.memory import HostMemory
+    from volatility3_ept.core.source import FileSource
 
     held = containers.read(path)
     if held is None:
@@ -206,7 +207,8 @@ def _compressed(path: Path) -> Opened:
 
 def _memory(path: Path, dump: Kdump) -> HostMemory:
     from volatility3_ept.core import kdumppages
-    from volatility3_ept.core.memory import HostMemory, ReaderSource
+    from volatility3_ept.core.memory import HostMemory
+    from volatility3_ept.core.source import ReaderSource
 
     others = dump.methods - kdumppages.METHODS
     if not others or not dump.starts.size:

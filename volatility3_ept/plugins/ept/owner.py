@@ -111,7 +111,7 @@ class Owner(options.SharedOptions, interfaces.plugins.PluginInterface):
             raise errors.EptError(f"{option} {given}, {error}") from None
 
     def _check_offsets(self, memory: HostMemory) -> None:
-        from volatility3_ept.core.memory import FileSource
+        from volatility3_ept.core.source import FileSource
 
         if not isinstance(memory.source, FileSource):
             raise errors.CaptureError(
