@@ -29,7 +29,6 @@ class KdumpStacker(interfaces.automagic.StackerLayerInterface):
         Raises:
             CaptureError: the dump cannot be read. It ends the program with the reason.
         """
-        asked = context.config.get(f"{options.CONFIG_PATH}.guest", None) is not None
-        if not asked and not context.config.get(stacker.HANDLED_BY_PLUGIN, False):
+        if options.wanted(context) is None and not context.config.get(stacker.HANDLED_BY_PLUGIN, False):
             return None
         return kdump.stack(context, layer_name)

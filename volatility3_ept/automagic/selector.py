@@ -50,7 +50,7 @@ class GuestSelector(interfaces.automagic.AutomagicInterface):
             context.config[stacker.HANDLED_BY_PLUGIN] = True
             context.config[_STACKERS] = _names_below(stacker.GuestStacker.stack_order)
             return None
-        wanted = context.config.get(f"{options.CONFIG_PATH}.guest", None)
+        wanted = options.wanted(context)
         if wanted is None:
             return None
         discovery.check_syntax(wanted)
@@ -75,7 +75,7 @@ class GuestGuard(interfaces.automagic.AutomagicInterface):
         progress_callback: constants.ProgressCallback = None,
     ) -> list[Any] | None:
         """Raise GuestError when a plugin would read another machine than the one that was asked for."""
-        wanted = context.config.get(f"{options.CONFIG_PATH}.guest", None)
+        wanted = options.wanted(context)
         if wanted is None or context.config.get(stacker.HANDLED_BY_PLUGIN, False):
             return None
         used = {name for layer in context.layers for name in context.layers[layer].dependencies}

@@ -33,7 +33,7 @@ class GuestStacker(interfaces.automagic.StackerLayerInterface):
             GuestError: ``--guest`` names no machine. It ends the program, because Volatility would go on with the
                 host's memory if an ordinary exception told it.
         """
-        wanted = context.config.get(f"{options.CONFIG_PATH}.guest", None)
+        wanted = options.wanted(context)
         if wanted is None or context.config.get(HANDLED_BY_PLUGIN, False):
             return None
         if isinstance(context.layers[layer_name], (intel.Intel, runs.RunsLayer)):

@@ -98,7 +98,7 @@ class GuestWindowsKernel(pdbscan.KernelPDBScanner):
         progress_callback: constants.ProgressCallback = None,
     ) -> None:
         """Fulfil the plugin's symbol requirements where ``--guest`` or a configuration has put a guest's layer."""
-        asked = context.config.get(f"{options.CONFIG_PATH}.guest", None) is not None
+        asked = options.wanted(context) is not None
         if asked or any(isinstance(context.layers[name], guest.GuestPhysicalLayer) for name in context.layers):
             super().__call__(context, config_path, requirement, progress_callback)
 
@@ -154,7 +154,7 @@ def check(context: interfaces.context.ContextInterface, chosen: missing.Guest) -
     Its scanner goes on where the symbols of the right one are missing, and a file in a cache has a header and a PDB
     record. After a download that failed it takes a symbol table by its file's name alone.
     """
-    kernel = next((found for name, found in _last if name == chosen.wanted), None)
+    kernel = _stacked(chosen.wanted)
     if kernel is None or kernel.base is None or kernel.space is None:
         return None
     base = kernel.space.plain(kernel.base)
@@ -173,10 +173,15 @@ def check(context: interfaces.context.ContextInterface, chosen: missing.Guest) -
     return None
 
 
+def _stacked(wanted: str) -> Kernel | None:
+    """Return the kernel whose layer was stacked for this guest."""
+    return next((kernel for name, kernel in _last if name == wanted), None)
+
+
 def _known(chosen: missing.Guest) -> Kernel | None:
-    for name, kernel in _last:
-        if name == chosen.wanted:
-            return kernel
+    kernel = _stacked(chosen.wanted)
+    if kernel is not None:
+        return kernel
     from volatility3_ept.core import guestvirtual
     from volatility3_ept.core import windows as kernels
 

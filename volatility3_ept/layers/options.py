@@ -19,6 +19,12 @@ from volatility3_ept.layers import errors
 CONFIG_PATH = "automagic.GuestSelector"
 
 
+def wanted(context: interfaces.context.ContextInterface) -> str | None:
+    """Return what ``--guest`` before the plugin's name asks for; None where it was not given."""
+    given: str | None = context.config.get(f"{CONFIG_PATH}.guest", None)
+    return given
+
+
 class _Shared:
     """Mixin: no default on the command line."""
 
